@@ -93,8 +93,22 @@ def serve(args: argparse.Namespace) -> None:
             follow=settings.follow,
             adapters=Path(settings.adapters) if settings.adapters is not None else None,
         ),
-        ListenOptions(settings.host, settings.port, settings.insecure, settings.cors, keys_file=args.keys_file),
-        ServerLimits(at_once=settings.at_once, waiting=settings.waiting, max_seconds=settings.max_seconds),
+        ListenOptions(
+            settings.host,
+            settings.port,
+            settings.insecure,
+            settings.cors,
+            allowed_hosts=settings.allowed_host,
+            root_path=settings.root_path,
+            log_level=settings.log_level,
+            keys_file=args.keys_file,
+        ),
+        ServerLimits(
+            at_once=settings.at_once,
+            waiting=settings.waiting,
+            max_seconds=settings.max_seconds,
+            keep_alive_seconds=settings.keep_alive,
+        ),
         None if settings.database == "none" else settings.database or default_url(),
     )
 

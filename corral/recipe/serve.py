@@ -45,8 +45,10 @@ def _check_origin(origin: str) -> str:
 
 
 def _check_host(host: str) -> str:
-    if not re.fullmatch(r"(\*\.)?[A-Za-z0-9.:_-]+", host):
-        raise ValueError(f"{host!r} is not the name of a host: chat.example.org, or *.example.org for all below it")
+    if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9.:_-]+", host):
+        raise ValueError(
+            f"{host!r} is not the name of a host: chat.example.org, or *.example.org for all below it, or * for any"
+        )
     return host
 
 
@@ -98,7 +100,7 @@ class Serve(Section):
     """Origins whose pages may send requests, such as https://chat.example.org."""
     allowed_host: tuple[Annotated[str, AfterValidator(_check_host)], ...] = ()
     """Names by which clients may reach this server besides those of this machine, as their `Host` header has them: of a proxy,
-    or host.docker.internal. `*.example.org` allows all names below it."""
+    for example. `*.example.org` allows all names below it, and `*` any name."""
     root_path: Annotated[str, AfterValidator(_check_root_path)] = ""
     """The path under which a proxy offers this server, such as /llm."""
     at_once: PositiveInt = 128

@@ -6,9 +6,7 @@ business of its `RequestHandler`.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -17,25 +15,23 @@ from typing import Any, Protocol
 
 from fastapi import Request, Response
 from pydantic import BaseModel
+from starlette.datastructures import State
 
 from corral.serving.accounts import Accounts, Caller, Reserve
 from corral.serving.errors import Refused, shutting_down
 from corral.serving.keys import KeySource
-from corral.serving.logs import traceback_without_message
 from corral.serving.metrics import Metrics
 from corral.serving.protocol import Usage
 from corral.serving.request_queue import RequestQueue, Slot
 from corral.serving.streams import (
-    INTERNAL_ERROR,
     ClientGone,
     Event,
     EventStream,
     Outcome,
+    TimeLimit,
     json_response,
     while_connected,
 )
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +47,13 @@ class ServerLimits:
     header_bytes: int = 16 * 2**10
     """Size of request line and headers."""
     header_seconds: float = 10
-    """Time to send request line and headers."""
+    """Time from connecting to the end of the first request line and headers."""
     body_seconds: float = 30
     """Time to send a body."""
-    stalled_seconds: float = 60
-    """Time without reading after which a client is disconnected."""
+    keep_alive_seconds: float = 75
+    """From the end of a response to the next request's headers; longer than proxies and clients keep unused connections."""
+    stalled_seconds: float = 120
+    """Time without taking any byte of what is sent, after which a client is disconnected; on Linux."""
 
     @property
     def max_open(self) -> int:
@@ -79,7 +77,11 @@ class RequestHandler(Protocol):
         ...
 
     def events(self) -> AsyncGenerator[Event, None]:
-        """The events of a streamed response."""
+        """The events of a streamed response. Raises: Refused."""
+        ...
+
+    def error_event(self, refused: Refused) -> Event:
+        """The event that ends a stream which failed, or whose time is up."""
         ...
 
     def cancel(self) -> None:
@@ -101,6 +103,8 @@ class Admission:
         self.metrics = Metrics(self.queue)
         self.is_draining = False
         """Whether new work is refused because the server is shutting down."""
+        self.time_limits: set[TimeLimit] = set()
+        """Of the requests under way."""
 
     async def handle(
         self,
@@ -125,17 +129,15 @@ class Admission:
         """
         if self.is_draining:
             raise shutting_down()
-        admitted = _AdmittedRequest(self, request.state.caller, model, hold)
-        timeout = admitted.timeout = asyncio.timeout_at(admitted.deadline)
+        admitted = _AdmittedRequest(self, request.state, model, hold)
         outcome: Outcome = "failed"
         response: Response | None = None
         try:
-            async with timeout:
+            async with admitted.limit.apply():
                 handler = await while_connected(request.receive, admitted.start(start))
                 if stream:
-                    response = EventStream(
-                        admitted.events(handler), admitted.finish, admitted.deadline, _deadline_error()
-                    )
+                    events = admitted.events(handler)
+                    response = EventStream(events, admitted.finish, admitted.limit, handler.error_event)
                     return response
                 result = await while_connected(request.receive, handler.result())
                 outcome = "ended"
@@ -144,13 +146,18 @@ class Admission:
             outcome = "gone"
             return Response(status_code=499)  # nobody reads it
         except TimeoutError:
-            if not timeout.expired():
+            if not admitted.limit.is_over:
                 raise
             outcome = "late"
-            raise admitted.late_error from None
+            raise admitted.limit.error from None
         finally:
             if response is None:
                 admitted.finish(outcome)
+
+    def end_requests(self) -> None:
+        """End all requests now: a stream with an error as its last event, any other with 503."""
+        for limit in list(self.time_limits):
+            limit.end_now(shutting_down())
 
     async def close(self) -> None:
         """Write usage counts to the database."""
@@ -164,20 +171,19 @@ def _deadline_error() -> Refused:
 class _AdmittedRequest:
     """One request within its quota, from the queue to its end. Raises: Refused (429: the quota is used up)."""
 
-    def __init__(self, admission: Admission, caller: Caller, model: str, hold: AbstractContextManager[object]) -> None:
-        self.deadline = asyncio.get_running_loop().time() + admission.limits.max_seconds
-        self.timeout: asyncio.Timeout | None = None
-        self.late_error = _deadline_error()
+    def __init__(self, admission: Admission, state: State, model: str, hold: AbstractContextManager[object]) -> None:
+        self.limit = TimeLimit(admission.limits.max_seconds, _deadline_error())
         self._admission = admission
-        self._caller = caller
+        self._state = state
+        self._caller: Caller = state.caller
         self._model = model
         self._arrived = time.perf_counter()
-        self._open = admission.accounts.admit(caller, self._end_now, admission.queue.seconds_per_request)
+        self._open = admission.accounts.admit(self._caller, self.limit.end_now, admission.queue.seconds_per_request)
+        admission.time_limits.add(self.limit)
         self._held = contextlib.ExitStack()
         self._held.enter_context(hold)
         self._slot: Slot | None = None
         self._handler: RequestHandler | None = None
-        self._has_failed = False
 
     async def start(self, start: Callable[[Reserve], Awaitable[RequestHandler]]) -> RequestHandler:
         """Wait for a slot and start the work. Raises: Refused."""
@@ -188,28 +194,23 @@ class _AdmittedRequest:
         return handler
 
     async def events(self, handler: RequestHandler) -> AsyncGenerator[Event, None]:
-        """The handler's events; an unexpected exception becomes the last event."""
+        """The handler's events."""
         has_first_token = False
-        try:
-            async with contextlib.aclosing(handler.events()) as events:
-                async for event in events:
-                    if not has_first_token and handler.usage.completion_tokens:
-                        has_first_token = True
-                        self._admission.metrics.observe_first_token(self._model, self._seconds)
-                    yield event
-        except Exception as error:
-            self._has_failed = True
-            _log.error("a stream failed: %s", traceback_without_message(error))
-            yield Event(INTERNAL_ERROR.body().model_dump_json())
+        async with contextlib.aclosing(handler.events()) as events:
+            async for event in events:
+                if not has_first_token and handler.usage.completion_tokens:
+                    has_first_token = True
+                    self._admission.metrics.observe_first_token(self._model, self._seconds)
+                yield event
 
     def finish(self, outcome: Outcome) -> None:
         """Stop the work, count its usage, release the slot."""
         admission = self._admission
+        admission.time_limits.discard(self.limit)
         if self._handler is not None:
             self._handler.cancel()
-            outcome = "failed" if self._has_failed else outcome
-            admission.metrics.count_request(self._model, outcome, self._seconds, self._handler.usage)
-        usage = None if self._handler is None else self._handler.usage
+            admission.metrics.count_request(self._model, self._caller.name, outcome, self._seconds, self._handler.usage)
+        usage = self._state.usage = None if self._handler is None else self._handler.usage
         self._open.close(usage)
         if self._slot is not None:
             admission.queue.release(self._slot, usage.total_tokens if usage else 0)
@@ -222,13 +223,6 @@ class _AdmittedRequest:
         queue.set_weight(self._slot, choices)
         wait = queue.seconds_per_request
         return self._open.reserve(prompt_tokens, max_tokens, choices, may_shorten=may_shorten, retry_seconds=wait)
-
-    def _end_now(self, error: Refused) -> None:
-        """End the request with this error."""
-        self.late_error = error
-        if self.timeout is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended
-                self.timeout.reschedule(0)
 
     @property
     def _seconds(self) -> float:

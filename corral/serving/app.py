@@ -6,6 +6,8 @@ to `Admission.handle`, which decides when to start it and when to stop it.
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -17,9 +19,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 import corral
 from corral.errors import DatabaseError
+from corral.serving.accounts import RATE_LIMIT_HEADERS
 from corral.serving.admission import Admission
 from corral.serving.chat import ChatRequest, start_chat
 from corral.serving.completions import CompletionRequest, start_completions
+from corral.serving.docs_page import HEADERS as DOCS_HEADERS
+from corral.serving.docs_page import render_docs
 from corral.serving.errors import database_unavailable, engine_unavailable, shutting_down
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
@@ -35,23 +40,23 @@ def build_app(
     admission: Admission,
     *,
     routers: Sequence[APIRouter] = (),
-    hosts: Collection[str] = (),
+    hosts: Collection[str] = ("*",),
     cors: Sequence[str] = (),
+    root_path: str = "",
 ) -> FastAPI:
     """Build the application. The caller closes `models` and `admission`.
 
     Args:
         routers: further routes.
-        hosts: accepted `Host` headers (see `AccessMiddleware`). Empty: any.
+        hosts: accepted `Host` headers (see `AccessMiddleware`).
         cors: origins whose pages may send requests, as `https://host`.
+        root_path: the path under which a proxy serves the application, whether it passes it on or not.
     """
-    # No documentation pages: they load scripts from other hosts. The OpenAPI document is for programs.
     app = FastAPI(
         title="corral",
         version=corral.__version__,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # FastAPI's pages load scripts from other hosts: see `_document_routes`
+        servers=[{"url": root_path}] if root_path else None,
         redirect_slashes=False,
         strict_content_type=True,  # a page of another origin can send an untyped body without a preflight, but not JSON
     )
@@ -64,12 +69,13 @@ def build_app(
             allow_origins=cors,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", "x-corral-client", *RATE_LIMIT_HEADERS],
         )
-    app.add_middleware(ResponseMiddleware, admission=admission)
+    app.add_middleware(ResponseMiddleware, admission=admission, root_path=root_path)
     _handle_errors(app)
     app.include_router(_model_routes(models, admission))
     app.include_router(_status_routes(models, admission))
+    app.include_router(_document_routes(app))
     for router in routers:
         app.include_router(router)
     return app
@@ -115,6 +121,12 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
     return router
 
 
+class Version(BaseModel):
+    """The response of `/version`."""
+
+    version: str
+
+
 class Health(BaseModel):
     """The response of `/health`, which needs no key."""
 
@@ -154,6 +166,9 @@ def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
     """Health and metrics."""
     router = APIRouter()
 
+    admission.metrics.watch(lambda: {served.name: served.answerer.engine for served in models.all()})
+
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def alive() -> Response:  # pyright: ignore[reportUnusedFunction]
         return json_response(Health())
@@ -168,8 +183,33 @@ def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
         return json_response(readiness, status=503, headers=engine_unavailable("").headers)
 
     @router.get("/metrics")
-    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return Response(admission.metrics.render(), headers={"content-type": CONTENT_TYPE})
+    async def metrics(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        if not request.state.caller.is_admin:
+            raise Refused(
+                403, "only keys that were added with --admin may read the metrics of all keys", code="not_admin"
+            )
+        return Response(await asyncio.to_thread(admission.metrics.render), headers={"content-type": CONTENT_TYPE})
+
+    @router.get("/version")
+    async def version() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return json_response(Version(version=corral.__version__))
+
+    return router
+
+
+def _document_routes(app: FastAPI) -> APIRouter:
+    """The OpenAPI document, for programs and for people. Making it takes a while, so a thread does it."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def document() -> Response:  # pyright: ignore[reportUnusedFunction]
+        text = await asyncio.to_thread(lambda: json.dumps(app.openapi()))
+        return Response(text, media_type="application/json")
+
+    @router.get("/docs")
+    async def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+        text = await asyncio.to_thread(lambda: render_docs(app.openapi()))
+        return Response(text, headers=DOCS_HEADERS, media_type="text/html")
 
     return router
 

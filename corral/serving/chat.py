@@ -28,7 +28,7 @@ from corral.serving.protocol import (
     Usage,
     unsupported_except,
 )
-from corral.serving.streams import DONE, Event
+from corral.serving.streams import DONE, Event, error_event
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}
 
@@ -209,24 +209,25 @@ class ChatHandler:
         )
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Chunks as JSON, then `DONE`. If the answer fails, the error is the last event."""
-        try:
-            for i in range(self._request.n or 1):
-                yield self._chunk(ChunkChoice(index=i, delta=_FIRST_DELTA, logprobs=None, finish_reason=None))
-            async with contextlib.aclosing(self._answer.deltas()) as deltas:
-                async for delta in deltas:
-                    for choice in self._choices(delta):
-                        yield self._chunk(choice, vote=self._answer.consensus_result if choice.finish_reason else None)
-            if self._request.wants_usage:
-                yield self._chunk(usage=self.usage)
-            yield DONE
-        except Refused as refused:
-            yield Event(refused.body().model_dump_json())
+        """Chunks as JSON, then `DONE`. Raises: Refused (the answer failed)."""
+        for i in range(self._request.n or 1):
+            yield self._chunk(ChunkChoice(index=i, delta=_FIRST_DELTA, logprobs=None, finish_reason=None))
+        async with contextlib.aclosing(self._answer.deltas()) as deltas:
+            async for delta in deltas:
+                for choice in self._choices(delta):
+                    yield self._chunk(choice, vote=self._answer.consensus_result if choice.finish_reason else None)
+        if self._request.wants_usage:
+            yield self._chunk(usage=self.usage)
+        yield DONE
 
     @property
     def usage(self) -> Usage:
         """Tokens so far, of all choices or candidates."""
         return self._answer.usage
+
+    def error_event(self, refused: Refused) -> Event:
+        """The error as the last event."""
+        return error_event(refused)
 
     def cancel(self) -> None:
         """Stop the work; does nothing if it is done."""

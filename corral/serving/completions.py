@@ -45,7 +45,7 @@ from corral.serving.protocol import (
     Usage,
     unsupported_except,
 )
-from corral.serving.streams import DONE, Event
+from corral.serving.streams import DONE, Event, error_event
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _CHARACTERS_PER_TOKEN = 4  # rough cost of formatting one, to decide whether to use a thread
@@ -202,25 +202,26 @@ class CompletionsHandler:
         return self._completion([joined[i] for i in sorted(joined)], self.usage)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Chunks as JSON, then `DONE`. If the answer fails, the error is the last event."""
+        """Chunks as JSON, then `DONE`. Raises: Refused (the answer failed)."""
         # As OpenAI, send `usage` (null in all chunks but the last) only if the client asked for it.
         hidden = None if self._request.wants_usage else {"usage"}
-        try:
-            with translate_errors():
-                async with contextlib.aclosing(self._pieces()) as pieces:
-                    async for piece in pieces:
-                        yield Event(self._completion([piece]).model_dump_json(exclude=hidden))
-            if self._request.wants_usage:
-                yield Event(self._completion([], self.usage).model_dump_json())
-            yield DONE
-        except Refused as refused:
-            yield Event(refused.body().model_dump_json())
+        with translate_errors():
+            async with contextlib.aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    yield Event(self._completion([piece]).model_dump_json(exclude=hidden))
+        if self._request.wants_usage:
+            yield Event(self._completion([], self.usage).model_dump_json())
+        yield DONE
 
     @property
     def usage(self) -> Usage:
         """Tokens so far, of all prompts and choices; the steps that find the most likely tokens count as prompt tokens."""
         prompt_tokens = sum(map(len, self._prompts)) + self._steps.tokens
         return count_usage(prompt_tokens, sum(choice.token_count for choice in self._choices))
+
+    def error_event(self, refused: Refused) -> Event:
+        """The error as the last event."""
+        return error_event(refused)
 
     def cancel(self) -> None:
         """Stop the work; does nothing if it is done."""

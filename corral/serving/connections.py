@@ -1,158 +1,158 @@
-"""HTTP connections with limits: time to send a head, time without reading, size of refused bodies, and their number."""
+"""HTTP connections with limits: how many there are, how long they may be idle, and how much of one is read at a time.
+
+uvicorn speaks HTTP. This wraps its connections and its requests, and knows no HTTP: a connection is idle while none of its
+requests runs, whatever arrives on it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import socket
-import sys
-from typing import Any, ClassVar
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import Any, cast
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from corral.serving.admission import ServerLimits
-from corral.serving.logs import new_request_id
-from corral.serving.protocol import Refused
 from corral.system import process_limit
 
-_MAX_BODY_CHUNKS = 4096
-_MAX_DISCARDED_BYTES = 2**21  # twice the largest body, so that a client that sends one in vain still gets the error
 _SPARE_CONNECTIONS = 256  # for clients that have not sent a request yet
+_READ_BYTES = (
+    4096  # at a time, so that a body in chunks of one byte, which are slow to read, does not hold up other requests
+)
+_MAX_IDLE_BYTES = 2**21  # twice the largest body, so that a client that sends one in vain still gets the error
+
+_current: ContextVar[_Connection] = ContextVar("connection")
 
 
-def connection_type(limits: ServerLimits) -> type[H11Protocol]:
-    """Create the class of connections with these limits, for uvicorn."""
-    max_connections = limits.max_open + _SPARE_CONNECTIONS
-    if files := process_limit("NOFILE"):
-        max_connections = min(max_connections, files * 3 // 4)  # the rest is for models, a database, replicas
-    return type("LimitedConnection", (Connection,), {"limits": limits, "max_connections": max_connections, "idle": {}})
+class Connections:
+    """The connections of a server.
 
+    One is closed if its first request line and headers do not arrive in time, if it is idle for too long between requests, if
+    it goes on sending a body that was refused, or if its client takes nothing of what is sent. If there are too many, a new
+    one replaces the one that has been idle for longest.
 
-class Connection(H11Protocol):
-    """uvicorn's connection with limits.
-
-    It is closed when a head takes too long to arrive, when the client does not read, and when the client goes on sending
-    a body that was refused. If there are too many connections, a new one replaces the one that has been idle for longest.
+    Args:
+        app: what answers the requests.
+        limits: how long each may take.
     """
 
-    limits: ServerLimits
-    max_connections: ClassVar[int]
-    idle: ClassVar[dict[Connection, None]]
-    """Connections between requests, the longest idle first."""
-    _head_timer: asyncio.TimerHandle | None = None
-    _stall_timer: asyncio.TimerHandle | None = None
-    _discarded_bytes = 0
-    """Bytes received since the last response."""
+    def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
+        self.limits = limits
+        self.most = limits.max_open + _SPARE_CONNECTIONS
+        if files := process_limit("NOFILE"):
+            self.most = min(self.most, files * 3 // 4)  # the rest is for models, a database, replicas
+        self.open: set[_Connection] = set()
+        self.idle: dict[_Connection, None] = {}
+        """Connections without a request, the longest idle first."""
+        self.buffer = memoryview(bytearray(_READ_BYTES))
+        """For all connections: what arrived is taken out before anything else is read."""
+        self._app = app
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start to wait for a head."""
-        super().connection_made(transport)
-        # asyncio sets this only for sockets it created. Without it, a body waits 40 ms for the acknowledgement of its head.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.conn = _ChunkCountingReader(h11.SERVER, self.limits.header_bytes)
-        self._start_head_timer()
-        if len(self.connections) > self.max_connections:
-            oldest = next(iter(self.idle))
-            oldest._stop_head_timer()
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timers."""
-        super().connection_lost(exc)
-        self._stop_head_timer()
-        self._stall_timer = _cancel(self._stall_timer)
-
-    def data_received(self, data: bytes) -> None:
-        """Process received bytes. Between requests they are part of a head, or of a body that was refused."""
-        super().data_received(data)
-        if self._is_answering:
-            self._stop_head_timer()
-            return
-        self._start_head_timer()
-        self._discarded_bytes += len(data)
-        if self._discarded_bytes > _MAX_DISCARDED_BYTES:
-            self.transport.abort()
-
-    def on_response_complete(self) -> None:
-        """Count the connection as idle, unless the next request has arrived already."""
-        super().on_response_complete()
-        if not self._is_answering and not self.transport.is_closing():
-            self.idle[self] = None
-
-    def pause_writing(self) -> None:
-        """The client does not read: start the timer."""
-        super().pause_writing()
-        self._stall_timer = _cancel(self._stall_timer)
-        self._stall_timer = self.loop.call_later(self.limits.stalled_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """The client has read: stop the timer."""
-        super().resume_writing()
-        self._stall_timer = _cancel(self._stall_timer)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer malformed HTTP, a head that is too large or a body of too many chunks with an error in OpenAI's form."""
-        error = sys.exception()
-        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        most = self.limits.header_bytes
-        messages = {
-            413: f"the body comes in more than the {_MAX_BODY_CHUNKS} chunks this server takes",
-            431: f"request line and headers are larger than the {most} bytes this server takes",
-        }
-        refused = (
-            Refused(hint, messages[hint]) if hint in messages else Refused(400, "this is not a request in HTTP/1.1")
-        )
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(refused.body().model_dump()).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("x-request-id", new_request_id()),
-                ("connection", "close"),
-            ]
-            for event in (
-                h11.Response(status_code=refused.status, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, during which its connection is not idle."""
+        connection = _current.get(None)
+        with contextlib.nullcontext() if connection is None else connection.busy():
+            await self._app(scope, receive, send)
 
     @property
-    def _is_answering(self) -> bool:
-        # uvicorn has no cycle before the first request, whatever its types say.
-        cycle: Any = self.cycle
-        return cycle is not None and not cycle.response_complete
+    def protocol(self) -> type[asyncio.Protocol]:
+        """What creates a connection, for uvicorn's setting `http`."""
 
-    def _start_head_timer(self) -> None:
-        if self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
-            self.idle[self] = None
-            self._discarded_bytes = 0
+        def create(**settings: Any) -> _Connection:
+            return _Connection(self, AutoHTTPProtocol(**settings))
 
-    def _stop_head_timer(self) -> None:
-        self._head_timer = _cancel(self._head_timer)
-        self.idle.pop(self, None)
+        return cast(type[asyncio.Protocol], create)
+
+    def abort(self) -> None:
+        """Close all connections at once."""
+        for connection in list(self.open):
+            connection.abort()
 
 
-class _ChunkCountingReader(h11.Connection):
-    """h11's connection, for bodies of a limited number of chunks: a chunk of one byte takes as long to read as a kilobyte."""
+class _Connection(asyncio.BufferedProtocol):
+    """One connection, around uvicorn's."""
 
-    _chunks = 0
+    def __init__(self, connections: Connections, http: asyncio.Protocol) -> None:
+        self._all = connections
+        self._http = http
+        self._requests = 0
+        self._idle_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def next_event(self) -> Any:
-        """The next event. Raises: h11.RemoteProtocolError (malformed HTTP, or a body of too many chunks)."""
-        event = super().next_event()
-        if isinstance(event, h11.Data):
-            self._chunks += 1
-            if self._chunks > _MAX_BODY_CHUNKS:
-                raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
-        elif isinstance(event, h11.Request):
-            self._chunks = 0
-        return event
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for a request, in the place of another connection if there are too many."""
+        self.transport = cast(asyncio.Transport, transport)
+        limits, raw = self._all.limits, transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # some systems refuse if the client is gone already
+            # asyncio sets it only on sockets that it created. Without it, a body waits 40 ms until its head is acknowledged.
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux closes a connection that takes nothing for so long
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.stalled_seconds * 1000))
+        self._all.open.add(self)
+        if len(self._all.open) > self._all.most and self._all.idle:
+            next(iter(self._all.idle)).abort()
+        self._start_timer(limits.header_seconds)
+        self._http.connection_made(transport)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client disconnected, or the connection was closed."""
+        self._stop_timer()
+        self._all.open.discard(self)
+        self._http.connection_lost(exc)
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to put what arrived."""
+        return self._all.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Process what arrived. On an idle connection, it is part of a head, or of a body that was refused."""
+        _current.set(self)  # the task of a request that begins here inherits it
+        self._http.data_received(bytes(self._all.buffer[:nbytes]))
+        if not self._requests:
+            self._idle_bytes += nbytes
+            if self._idle_bytes > _MAX_IDLE_BYTES:
+                self.abort()
+
+    def eof_received(self) -> bool | None:
+        """The client sends no more."""
+        return self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is sent to."""
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        self._http.resume_writing()
+
+    @contextlib.contextmanager
+    def busy(self) -> Generator[None]:
+        """A request of this connection runs."""
+        self._stop_timer()
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests and self in self._all.open:
+                self._start_timer(self._all.limits.keep_alive_seconds)
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self._stop_timer()
+        self.transport.abort()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.abort)
+        self._all.idle[self] = None
+        self._idle_bytes = 0
+
+    def _stop_timer(self) -> None:
+        self._all.idle.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

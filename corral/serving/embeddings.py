@@ -19,7 +19,7 @@ from corral.serving.admission import Admission
 from corral.serving.generation import count_usage
 from corral.serving.models import ServedModels
 from corral.serving.protocol import DEFAULT_LIMITS, Refused, RequestLimits, StrictModel, Usage, unsupported_except
-from corral.serving.streams import Event
+from corral.serving.streams import Event, error_event
 
 T = TypeVar("T")
 
@@ -146,6 +146,10 @@ class EmbeddingsHandler:
     async def events(self) -> AsyncGenerator[Event, None]:
         """The response as one event; OpenAI streams no vectors."""
         yield Event((await self.result()).model_dump_json())
+
+    def error_event(self, refused: Refused) -> Event:
+        """The error as the last event."""
+        return error_event(refused)
 
     def cancel(self) -> None:
         """Do nothing: a cancelled `result` starts no further batch."""

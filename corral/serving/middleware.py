@@ -1,10 +1,12 @@
-"""ASGI middleware around all routes: access control before a body is read, and request ids, counts and errors of responses."""
+"""ASGI middleware around all routes: access control before a body is read; ids, counts, errors and log lines of responses."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Collection
 
@@ -15,41 +17,71 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
 from corral.serving.errors import Refused, server_full
-from corral.serving.logs import new_request_id, traceback_without_message
+from corral.serving.logs import choose_request_id, request_id, traceback_without_message
 from corral.serving.streams import INTERNAL_ERROR, error_response
 
+_MAX_BRACKETS = 2**17  # in a body: to parse more empty lists would hold up other requests for too long
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _log = logging.getLogger(__name__)
+_access_log = logging.getLogger("corral.access")
+
+LOCAL_HOSTS = ("localhost", "*.localhost", "host.docker.internal", "host.containers.internal")
+"""Names that nobody can have in the public DNS, so that no page reaches a local server through them."""
 
 
 class ResponseMiddleware:
-    """Gives every response a request id, counts it, and turns unexpected exceptions into a 500."""
+    """Gives every response a request id, counts and logs it, and turns unexpected exceptions into a 500.
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    Args:
+        root_path: where a proxy serves the application; a path may begin with it.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission, root_path: str) -> None:
         self._app = app
         self._admission = admission
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = new_request_id()
-        has_started = False
+        scope["root_path"] = self._root_path
+        began = time.perf_counter()
+        id_ = choose_request_id(Headers(scope=scope).get("x-request-id"))
+        request_id.set(id_)
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-                self._admission.metrics.count_response(_route_path(scope), message["status"])
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = id_
+                if (caller := scope.get("state", {}).get("caller")) is not None:
+                    headers.update(self._admission.accounts.rate_limit_headers(caller))
+                self._admission.metrics.count_response(_route_path(scope), status)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            _log.error("a fault in the server, on request %s: %s", request_id, traceback_without_message(error))
-            if not has_started:  # else the connection is closed, and the response is cut off
+            _log.error("a fault in the server: %s", traceback_without_message(error))
+            if not status:  # else the connection is closed, and the response is cut off
                 await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
+        finally:
+            _log_request(scope, status, time.perf_counter() - began)
+
+
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    """Log one line: method, route, status, milliseconds, tokens and the name of the key; nothing that a client made up."""
+    state = scope.get("state", {})
+    method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+    usage, caller = state.get("usage"), state.get("caller")
+    tokens = "- -" if usage is None else f"{usage.prompt_tokens} {usage.completion_tokens}"
+    name = "-" if caller is None else caller.name
+    line = "%s %s %d %.0fms prompt/completion tokens %s key %s"
+    _access_log.info(line, method, _route_path(scope), status, 1000 * seconds, tokens, name)
 
 
 def _route_path(scope: Scope) -> str:
@@ -64,15 +96,16 @@ class AccessMiddleware:
 
     Args:
         body_bytes: the largest body.
-        hosts: accepted values of the `Host` header; others are refused, so that a page in a browser cannot reach a local
-            server through a name of its own (DNS rebinding). Empty: any name.
+        hosts: accepted names in the `Host` header, besides any IP address; `*.name` accepts all below a name, and `*` any.
+            Others are refused, so that a page in a browser cannot reach a local server through a name of its own (DNS
+            rebinding).
     """
 
     def __init__(self, app: ASGIApp, admission: Admission, body_bytes: int, hosts: Collection[str]) -> None:
         self._app = app
         self._admission = admission
         self._body_bytes = body_bytes
-        self._hosts = hosts
+        self._hosts = [host.lower() for host in hosts]
         self._open_by_key: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,15 +113,17 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         caller = None
         try:
             headers = Headers(scope=scope)
-            self._check_headers(scope, headers)
-            if not _needs_no_key(scope["path"]):
+            self._check_size(scope, headers)
+            if not (path == "/health" or path.startswith("/health/")):
+                self._check_host(headers.get("host", ""))
                 caller = await self._admission.accounts.authenticate(headers.get("authorization"))
                 scope.setdefault("state", {})["caller"] = caller
                 self._check_capacity(caller, headers)
-                if scope["path"].startswith("/v1/"):
+                if path.startswith("/v1/"):
                     self._admission.accounts.count_request(caller)
         except Refused as refused:
             await error_response(refused)(scope, receive, send)
@@ -104,14 +139,17 @@ class AccessMiddleware:
             if not self._open_by_key[caller.key_id]:
                 del self._open_by_key[caller.key_id]
 
-    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+    def _check_size(self, scope: Scope, headers: Headers) -> None:
         most = self._admission.limits.header_bytes
         line = len(scope["raw_path"]) + len(scope["query_string"])
         if line + sum(len(name) + len(value) + 4 for name, value in headers.raw) > most:
             raise Refused(431, f"request line and headers are larger than the {most} bytes this server takes")
-        name = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]").lower()
-        if self._hosts and name not in self._hosts:
-            raise Refused(403, f"this server does not answer to the name {name!r}", code="unknown_host")
+
+    def _check_host(self, host: str) -> None:
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if not (_is_address(name) or any(_matches(name, each) for each in self._hosts)):
+            what = f"this server does not answer to the name {name!r}: start it with --allowed-host {name or 'NAME'}"
+            raise Refused(403, what, code="unknown_host")
 
     def _check_capacity(self, caller: Caller, headers: Headers) -> None:
         limits, queue = self._admission.limits, self._admission.queue
@@ -131,11 +169,11 @@ class AccessMiddleware:
         """Wrap `receive` to refuse a body that is too large or too slow."""
         seconds = self._admission.limits.body_seconds
         deadline = asyncio.get_running_loop().time() + seconds
-        received = 0
+        received = opened = 0
         is_complete = False
 
         async def receive_limited() -> Message:
-            nonlocal received, is_complete
+            nonlocal received, opened, is_complete
             if is_complete:
                 return await receive()
             try:
@@ -144,14 +182,27 @@ class AccessMiddleware:
             except TimeoutError:
                 what = f"the body did not arrive within {seconds:g} seconds"
                 raise HTTPException(408, what, {"connection": "close"}) from None
-            received += len(message.get("body", b""))
+            body = message.get("body", b"")
+            received += len(body)
             if received > self._body_bytes:
                 raise HTTPException(413, self._too_large)
+            opened += body.count(b"[") + body.count(b"{")
+            if opened > _MAX_BRACKETS:
+                raise HTTPException(413, f"the body has more than the {_MAX_BRACKETS} brackets this server takes")
             is_complete = not message.get("more_body", False)
             return message
 
         return receive_limited
 
 
-def _needs_no_key(path: str) -> bool:
-    return path == "/health" or path.startswith("/health/")
+def _is_address(name: str) -> bool:
+    """Whether a host name is an IP address, which needs no DNS."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern == "*" or name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:]))

@@ -123,7 +123,7 @@ class ResponsesHandler:
             await self._cancel_unfinished()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """OpenAI's events; the last one contains the complete response."""
+        """OpenAI's events; the last one contains the complete response. Raises: Refused (the answer or the store failed)."""
         try:
             yield self._event("response.created", response=self._response)
             yield self._event("response.in_progress", response=self._response)
@@ -145,9 +145,17 @@ class ResponsesHandler:
             yield self._event("response.output_item.done", output_index=0, item=done.output[0])
             yield self._event(f"response.{done.status}", response=done)
         except Refused as refused:
-            yield self._event("response.failed", response=await self._fail(refused))
+            await self._fail(refused)
+            raise
         finally:
             await self._cancel_unfinished()
+
+    def error_event(self, refused: Refused) -> Event:
+        """The failed response, with the text that was sent."""
+        self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
+        item = self._partial_item()
+        output = [ItemObject.from_item(item)] if item else []
+        return self._event("response.failed", response=self._response.model_copy(update={"output": output}))
 
     def cancel(self) -> None:
         """Stop the work and release the lease; does nothing if that is done."""
@@ -168,13 +176,11 @@ class ResponsesHandler:
         await self._lease.finish(self._response.stored_body, item, is_kept=True)
         return self._response.model_copy(update={"output": [ItemObject.from_item(item)]})
 
-    async def _fail(self, refused: Refused) -> ResponseObject:
+    async def _fail(self, refused: Refused) -> None:
         """Store the response as failed. Text that was sent stays in it, but not in the conversation."""
         self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
-        item = self._partial_item()
         with contextlib.suppress(Refused):  # the store may be what failed
-            await self._lease.finish(self._response.stored_body, item, is_kept=False)
-        return self._response.model_copy(update={"output": [ItemObject.from_item(item)] if item else []})
+            await self._lease.finish(self._response.stored_body, self._partial_item(), is_kept=False)
 
     async def _cancel_unfinished(self) -> None:
         if self._lease.is_closed:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
-import re
+import math
 import shlex
 import signal
 import socket
 import sys
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +24,17 @@ from corral.interrupts import Interrupts, Stopped
 from corral.serving import adapters, embeddings, responses
 from corral.serving.admission import Admission, ServerLimits
 from corral.serving.app import build_app
-from corral.serving.connections import connection_type
+from corral.serving.connections import Connections
 from corral.serving.database import Database
 from corral.serving.keys import KeySource, SecretKeys, open_keys
+from corral.serving.logs import LogLevel, log_to_stderr
+from corral.serving.middleware import LOCAL_HOSTS
 from corral.serving.model_loading import ModelOptions, follow_runs, open_served_models
 from corral.serving.models import ServedModels
 
 _GRACE_SECONDS = 25.0  # for running requests after a signal; less than the 30 that Kubernetes gives
 _CLOSE_SECONDS = 2  # after that, for other requests, and then for usage counts
 _FORCED_CLOSE_SECONDS = 0.2  # for usage counts after a second signal; a working database needs less
-_ORIGIN = re.compile(r"https?://[^/\s*?#@]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,12 @@ class ListenOptions:
     """Allow addresses that other machines can reach without keys, and any `Host` header."""
     cors: Sequence[str] = ()
     """Origins whose pages may send requests."""
+    allowed_hosts: Sequence[str] = ()
+    """Names in the `Host` header that a local server without keys answers to besides its own; `*`: any."""
+    root_path: str = ""
+    """The path under which a proxy serves this server, as `/llm`."""
+    log_level: LogLevel = "info"
+    """From which level on the log shows what the server says; `info` shows a line for each request."""
     keys_file: Path | None = None
     """Further keys; see `SecretKeys`."""
 
@@ -62,18 +70,20 @@ def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, da
         TemplateError, MissingExtraError: see `open_served_models`.
         Stopped: a signal ended the server in order.
     """
-    _check_origins(listen.cors)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, log_to_stderr(listen.log_level):
         try:
             # The address first, so that an error about it does not wait for a model to load.
             with contextlib.closing(_bind(listen)) as listener, _open_database(database) as opened:
                 keys = open_keys(opened, listen.keys_file)
-                has_keys = keys is not None and any(key.is_active for key in keys.all())
-                _check_exposure(listen, listener, has_keys)
-                _check_adapters(options, listener, has_keys)
+                known = [] if keys is None else keys.all()
+                has_valid_key = any(key.is_active for key in known)
+                _check_exposure(listen, listener, has_valid_key)
+                _check_adapters(options, listener, has_valid_key)
                 print("loading …", file=sys.stderr)
                 models = open_served_models(options, limits.at_once)
-                number = asyncio.run(_run(models, options, listen, listener, limits, opened, keys, has_keys=has_keys))
+                number = asyncio.run(
+                    _run(models, options, listen, listener, limits, opened, keys, has_keys=bool(known))
+                )
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
     raise Stopped(number)
@@ -90,21 +100,24 @@ async def _run(
     *,
     has_keys: bool,
 ) -> int | None:
-    """Serve until a signal arrives. Returns: the signal."""
+    """Serve until a signal arrives; with `has_keys`, which may all be revoked, requests need one. Returns: the signal."""
     address, port = listener.getsockname()[:2]
     admission = build_admission(str(address), listen, limits, keys, has_keys=has_keys)
-    # Without keys, a page in a browser must not reach the server through a name of its own (DNS rebinding).
-    hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not listen.insecure else ()
     routers = _routers(models, admission, database)
     if options.adapters is not None:
         routers.append(adapters.build_router(models, options.adapters))
-    app = build_app(models, admission, routers=routers, hosts=hosts, cors=listen.cors)
+    hosts = _hosts(str(address), listen, admission)
+    app = build_app(models, admission, routers=routers, hosts=hosts, cors=listen.cors, root_path=listen.root_path)
     server = build_http_server(app, admission)
+    if not (options.follow or options.adapters):  # models stay: looking through them for garbage would hold up requests
+        gc.collect()
+        gc.freeze()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
     listener.listen(1024)  # from here on clients can connect
-    _print_address(models, f"http://{f'[{address}]' if ':' in address else address}:{port}", has_keys=has_keys)
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    _print_address(models, url, needs_key=admission.accounts.requires_key)
     following = loop.create_task(follow_runs(options, models)) if options.follow else None
     try:
         await server.serve(sockets=[listener])
@@ -131,6 +144,13 @@ def build_admission(
     return admission
 
 
+def _hosts(address: str, listen: ListenOptions, admission: Admission) -> Sequence[str]:
+    """The names that the server answers to: any, unless a page in a browser could reach it without a key (DNS rebinding)."""
+    if admission.accounts.requires_key or listen.insecure or not _is_local(address):
+        return ("*",)
+    return (*LOCAL_HOSTS, *listen.allowed_hosts)
+
+
 def _routers(models: ServedModels, admission: Admission, database: Database | None) -> list[APIRouter]:
     """The optional routes."""
     routers: list[APIRouter] = []
@@ -149,10 +169,13 @@ def _is_not_cancellation(record: logging.LogRecord) -> bool:
 def build_http_server(app: FastAPI, admission: Admission) -> Server:
     """Create the HTTP server; its `serve` takes the sockets."""
     logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
+    limits = admission.limits
+    connections = Connections(app, limits)
     config = uvicorn.Config(
-        app,
-        http=connection_type(admission.limits),
-        h11_max_incomplete_event_size=admission.limits.header_bytes,
+        connections,
+        http=connections.protocol,
+        # `AccessMiddleware` refuses them in OpenAI's form if they are not much larger.
+        h11_max_incomplete_event_size=4 * limits.header_bytes,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -160,9 +183,10 @@ def build_http_server(app: FastAPI, admission: Admission) -> Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=math.ceil(limits.keep_alive_seconds),
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
-    return Server(config, admission)
+    return Server(config, admission, connections)
 
 
 class Server(uvicorn.Server):
@@ -171,27 +195,28 @@ class Server(uvicorn.Server):
     stopped_by: int | None = None
     grace_seconds = _GRACE_SECONDS
 
-    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
+    def __init__(self, config: uvicorn.Config, admission: Admission, connections: Connections) -> None:
         super().__init__(config)
-        self._admission = admission
+        self.connections = connections
+        self.admission = admission
         self._drain_task: asyncio.Task[None] | None = None
         self._close_timeout: asyncio.Timeout | None = None
 
     def stop(self, signal_number: int) -> None:
-        """Shut down once running requests are done; when called again, at once.
+        """Shut down once running requests are done or have had their time; when called again, at once.
 
-        Until then the server listens, refuses new work, and `/health/ready` answers 503.
+        Until then the server listens, refuses new work, and `/health/ready` answers 503. Requests whose time is over end with
+        an error: a stream, with one as its last event.
         """
         self.stopped_by = self.stopped_by or signal_number
-        self._admission.is_draining = True
+        self.admission.is_draining = True
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
             return
         self.should_exit = self.force_exit = True
         if self._close_timeout is not None and not self._close_timeout.expired():
             self._close_timeout.reschedule(asyncio.get_running_loop().time() + _FORCED_CLOSE_SECONDS)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        self.connections.abort()
 
     async def close(self) -> None:
         """Close the admission, which writes usage counts, with a timeout; a second signal shortens it."""
@@ -199,14 +224,15 @@ class Server(uvicorn.Server):
             async with asyncio.timeout(
                 _FORCED_CLOSE_SECONDS if self.force_exit else _CLOSE_SECONDS
             ) as self._close_timeout:
-                await self._admission.close()
+                await self.admission.close()
         self._close_timeout = None
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.grace_seconds):
-                while self._admission.queue.running or self._admission.queue.waiting:
+                while self.admission.queue.running or self.admission.queue.waiting:
                     await asyncio.sleep(0.05)
+        self.admission.end_requests()
         self.should_exit = True
 
     @contextlib.contextmanager
@@ -215,11 +241,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def _print_address(models: ServedModels, url: str, *, has_keys: bool) -> None:
+def _print_address(models: ServedModels, url: str, *, needs_key: bool) -> None:
     names = [served.name for served in models.all()]
     engines = dict.fromkeys(served.answerer.engine.name for served in models.all())
     body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = ' -H "authorization: Bearer $CORRAL_API_KEY"' if has_keys else ""
+    key = ' -H "authorization: Bearer $CORRAL_API_KEY"' if needs_key else ""
     print(
         f"serving {', '.join(names)} with {', '.join(engines)} at {url}/v1 (Ctrl-C ends)\n"
         f"try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}",
@@ -238,19 +264,9 @@ def _open_database(url: str | None) -> Generator[Database | None]:
         yield database
 
 
-def _check_origins(origins: Collection[str]) -> None:
-    for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise InputError(
-                f"{origin!r} is not the origin of a page",
-                where="--cors",
-                hint="give scheme, host and port if there is one: https://chat.example.org",
-            )
-
-
-def _check_exposure(listen: ListenOptions, listener: socket.socket, has_keys: bool) -> None:
+def _check_exposure(listen: ListenOptions, listener: socket.socket, has_valid_key: bool) -> None:
     """Raises: InputError (without keys, anybody on the network could send requests)."""
-    if not (listen.insecure or has_keys or _is_local(str(listener.getsockname()[0]))):
+    if not (listen.insecure or has_valid_key or _is_local(str(listener.getsockname()[0]))):
         raise InputError(
             f"{listen.host} can be reached from other machines, and there are no keys",
             where=f"--host {listen.host} --port {listen.port}",

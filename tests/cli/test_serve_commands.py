@@ -130,12 +130,13 @@ def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     command += (
         " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
     )
+    command += " --allowed-host * --root-path /llm --log-level error --keep-alive 80"
     assert main(command.split()) == 0
     urls = ("http://x/v1", "http://y/v1")
     assert received == [
         ModelOptions(["a", "b=runs/c"], "remote", urls, embeddings=True),
-        server.ListenOptions("::1", 1, True, ("https://a.example",), keys_file=Path("k")),
-        ServerLimits(at_once=3, waiting=0, max_seconds=1.5),
+        server.ListenOptions("::1", 1, True, ("https://a.example",), ("*",), "/llm", "error", Path("k")),
+        ServerLimits(at_once=3, waiting=0, max_seconds=1.5, keep_alive_seconds=80),
         None,
     ]
 

@@ -39,7 +39,7 @@ from tests.serving.postgres import PostgreSQL, postgresql
 @contextlib.contextmanager
 def serve_in_thread(
     served: ServedModel | ServedModels,
-    hosts: Sequence[str] = (),
+    hosts: Sequence[str] = ("*",),
     admission: Admission | None = None,
     *,
     port: int = 0,
@@ -114,7 +114,7 @@ def call(url: str, method: str, path: str, body: Any = None, headers: Any = JSON
     if not kind.startswith("text/event-stream"):
         return response.status, text if kind.startswith("text/") else json.loads(text or "null"), response.headers
     assert text.endswith("\n\n")
-    events = [event.partition("data: ")[2] for event in text.removesuffix("\n\n").split("\n\n")]
+    events = [event.partition("data: ")[2] for event in text.removesuffix("\n\n").split("\n\n") if event != ": ping"]
     return response.status, [event if event == "[DONE]" else json.loads(event) for event in events], response.headers
 
 

@@ -10,10 +10,13 @@ import httpx2
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from corral.engines.base import ReplicaHealth
+from corral.engines.scripted import ScriptedEngine
 from corral.serving.admission import Admission, ServerLimits
+from corral.serving.keys import KeyStore
 from corral.serving.metrics import Metrics
 from corral.serving.request_queue import RequestQueue
-from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, wait_for
+from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, bearer, wait_for
 
 
 def read_samples(text: str) -> dict[str, float]:
@@ -85,6 +88,34 @@ def test_client_text_does_not_become_a_metric_label(serve: Serve) -> None:
     samples = fetch_samples(server)
     assert len(samples) <= before + 3 * 2, "a route and a status each, and when it was first seen"
     assert not any("made" in name for name in samples)
+
+
+class Remote(ScriptedEngine):
+    """An engine that was restarted, one of whose replicas is down."""
+
+    restarts = 2
+    replicas = (ReplicaHealth("http://user:secret@a:1/v1?secret", None), ReplicaHealth("http://b:1/v1", "unreachable"))
+
+
+def test_engines_replicas_and_memory_are_reported(serve: Serve) -> None:
+    server = serve(Remote([40]))
+    samples = fetch_samples(server)
+    assert samples["corral_engine_ready{model=m}"] == 1
+    assert samples["corral_engine_restarts_total{model=m}"] == 2
+    assert samples["corral_replica_up{model=m,replica=http://a:1/v1}"] == 1
+    assert samples["corral_replica_up{model=m,replica=http://b:1/v1}"] == 0
+    assert samples["process_resident_memory_bytes{}"] > 2**20
+
+
+def test_use_is_counted_by_the_name_of_the_key(serve: Serve, keys: KeyStore) -> None:
+    admission = Admission(keys=keys)
+    server = serve("Hello", admission)
+    secrets = [keys.add(name)[1] for name in ("alice", "bob")]
+    answers = [server.chat(bearer(secret))[1] for secret in secrets]
+    samples = read_samples(admission.metrics.render().decode())
+    for name, answer in zip(("alice", "bob"), answers, strict=True):
+        assert samples[f"corral_key_requests_total{{key={name}}}"] == 1
+        assert samples[f"corral_key_tokens_total{{key={name}}}"] == answer["usage"]["total_tokens"]
 
 
 def test_two_servers_in_one_process_have_separate_metrics() -> None:

@@ -8,6 +8,7 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
@@ -139,3 +140,26 @@ def test_a_key_whose_bodies_do_not_arrive_does_not_block_others(serve: Serve, ke
             stack.enter_context(server.connect(head + "{"))
         assert wait_for(lambda: server.call("GET", "/v1/models", headers=slow)[0] == 503)
         assert server.call("GET", "/v1/models", headers=other)[0] == 200
+
+
+def test_only_an_admins_key_reads_the_metrics_of_all_keys(serve: Serve, keys: KeyStore) -> None:
+    alice, admin = (bearer(keys.add(name, is_admin=name == "admin")[1]) for name in ("alice", "admin"))
+    server = serve("Hello", Admission(keys=keys))
+    status, answer, _ = server.call("GET", "/metrics", headers=alice)
+    assert (status, answer["error"]["code"]) == (403, "not_admin")
+    page = httpx2.get(f"{server.url}/metrics", headers=admin)
+    assert page.status_code == 200
+    assert "corral_requests_waiting" in page.text
+
+
+def test_responses_say_what_is_left_of_a_quota(serve: Serve, keys: KeyStore) -> None:
+    quota = Quota(requests_per_minute=3, tokens_per_day=1000)
+    limited, free = (bearer(keys.add(name, given)[1]) for name, given in (("a", quota), ("b", None)))
+    server = serve("Hello", Admission(keys=keys))
+    _, answer, headers = server.chat(limited)
+    assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("3", "2")
+    _, _, headers = server.call("GET", "/v1/models", headers=limited)
+    assert headers["x-ratelimit-remaining-requests"] == "1"
+    left = 1000 - answer["usage"]["total_tokens"]
+    assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("1000", str(left))
+    assert not any(name.startswith("x-ratelimit") for name in server.chat(free)[2])

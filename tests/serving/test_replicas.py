@@ -174,7 +174,7 @@ def test_replica_errors_that_quote_a_prompt_are_not_logged(
                 with pytest.raises(openai.APIError):
                     list(client.chat.completions.create(**DIARY, stream=stream))
         asyncio.run(models.close())
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("corral")]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("corral.serving")]
     # A request that cannot be answered is told to who asked, and to nobody else.
     assert len(ours) == (0 if quote == "refused" else 2)
     status = {"busy": " 503", "failed": " 500"}.get(quote, "")

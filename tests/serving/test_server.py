@@ -30,7 +30,18 @@ from corral.serving.model_loading import ModelOptions
 from corral.serving.models import ServedModels
 from corral.serving.server import ListenOptions, Server, build_admission
 from corral.serving.server import serve as serve_command
-from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, bearer, call, wait_for
+from tests.serving.conftest import (
+    ASKED,
+    CHAT,
+    JSON,
+    Endless,
+    RunningServer,
+    Serve,
+    bearer,
+    call,
+    chat_head,
+    wait_for,
+)
 
 
 def serve_error(listen: ListenOptions, database: str | None = None) -> InputError:
@@ -106,11 +117,6 @@ def test_a_server_started_with_keys_refuses_requests_when_they_are_gone(
     listen = ListenOptions(address, insecure=insecure)
     admission = build_admission(address, listen, ServerLimits(), KeyStore(sqlite), has_keys=has_keys)
     assert serve("Hello", admission).call("GET", "/v1/models")[0] == status
-
-
-@pytest.mark.parametrize("origin", ["*", "example.org", "https://*.example.org", "https://a.example/page", "null"])
-def test_an_invalid_cors_origin_is_refused(origin: str) -> None:
-    assert "origin" in str(serve_error(ListenOptions(port=0, cors=[origin])))
 
 
 class Stream:
@@ -190,20 +196,65 @@ def test_a_second_signal_stops_the_server_at_once(serve: Serve) -> None:
     assert endless.has_stopped()
 
 
-def test_answers_over_the_grace_period_are_cancelled_without_a_traceback(
-    serve: Serve, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_answers_over_the_grace_period_end_with_an_error(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """A stream with its last event, any other with its status."""
     endless = Endless()
     stoppable = StoppableServer(serve(endless.engine))
     stoppable.server.grace_seconds = 0.3
-    stoppable.server.config.timeout_graceful_shutdown = 1
     stream = Stream(stoppable.running.url)
     assert endless.started.wait(30)
-    stoppable.stop()
-    assert stream.rest() == "cut off"
+    with ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(stoppable.running.chat)
+        assert wait_for(lambda: b"corral_requests_in_flight 2.0" in stoppable.server.admission.metrics.render())
+        stoppable.stop()
+        *_, last, end = stream.rest().split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert not end
+        status, answer, headers = whole.result()
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert int(headers["retry-after"]) >= 1
     assert endless.has_stopped()
-    assert "Cancel 1 running task" in caplog.text
     assert "Traceback" not in caplog.text
+
+
+def test_an_answer_that_does_not_end_when_its_time_is_over_is_cancelled_without_a_traceback(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its client does not read, so that not even the last event can be sent."""
+    endless = Endless(delay_seconds=0)
+    stoppable = StoppableServer(serve(endless.engine))
+    stoppable.server.grace_seconds = 0.3
+    stoppable.server.config.timeout_graceful_shutdown = 1
+    body = json.dumps({"model": "m", "stream": True, "messages": ASKED, "n": 16, "max_tokens": 8000})
+    with stoppable.running.connect(receive_buffer=4096) as raw:
+        raw.sendall((chat_head(f"content-length: {len(body)}") + body).encode())
+        assert endless.started.wait(30)
+        stoppable.stop()
+        assert wait_for(lambda: not stoppable.server.connections.open)
+    assert endless.has_stopped()
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("is_revoked", [False, True])
+def test_a_server_that_needs_a_key_says_so_in_its_example_also_when_all_are_revoked(
+    is_revoked: bool, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with contextlib.closing(Database(url)) as database:
+        KeyStore(database).add("alice")
+        if is_revoked:
+            KeyStore(database).revoke("alice")
+    monkeypatch.setattr(module, "open_served_models", lambda *_, **__: ServedModels([serve.model("Hello")]))
+
+    async def serve_and_stop(server: Server, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not server.should_exit:
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(Server, "serve", serve_and_stop)
+    with pytest.raises(Stopped):
+        serve_command(ModelOptions(["m"]), ListenOptions(port=0), ServerLimits(), url)
+    assert "authorization: Bearer" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
@@ -226,7 +277,7 @@ def test_a_server_that_cannot_write_usage_logs_it_and_exits(
             if not over.wait(20):
                 written.set()
 
-    monkeypatch.setattr(module, "KeyStore", Locked)
+    monkeypatch.setattr("corral.serving.keys.KeyStore", Locked)
     urls: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(module, "_print_address", lambda _, url, **__: urls.put(url))
     closing = threading.Event()
