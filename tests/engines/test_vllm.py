@@ -23,6 +23,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
 
 import psutil
+import torch
 
 from corral.answering.open_model import open_model
 from corral.engines.base import Completion, Engine, Sampling
@@ -116,6 +117,18 @@ async def test_scores_are_those_of_transformers_up_to_the_whole_context_and_besi
         assert all(len(done.logprobs or ()) == 60 for done in await generation.completions())
     for text, logprobs in zip(texts, scored, strict=True):
         assert logprobs == pytest.approx(scores(model(), text), abs=1e-3)
+
+
+async def test_the_most_likely_ids_are_those_of_transformers_up_to_the_whole_context(shared: VllmEngine) -> None:
+    for length in (2, 40, CONTEXT):
+        ids = random_ids(length)
+        with torch.no_grad():
+            best = model()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(5)
+        scored = await shared.score_top(ids, top=5)
+        assert [score.logprob for score in scored] == pytest.approx(scores(model(), ids), abs=1e-3)
+        values = [value for score in scored for _, value in score.top]
+        assert values == pytest.approx(best.values.flatten().tolist(), abs=1e-3)
+        assert [score.top[0][0] for score in scored[:40]] == best.indices[:40, 0].tolist()
 
 
 async def test_a_choice_does_not_repeat_in_the_next_seed(shared: VllmEngine) -> None:
