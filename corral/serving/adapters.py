@@ -76,11 +76,14 @@ class AdapterFolder:
             if len(self._loaded) == _MAX_ADAPTERS:
                 raise Refused(400, f"at most {_MAX_ADAPTERS} adapters are loaded: unload one first", param="lora_name")
             folder = await asyncio.to_thread(self._find, path)
-            models = [each.opened for each in self._models.all() if each.opened is not None]
+            (first, *_) = served_models = self._models.all()
+            models = [each.opened for each in served_models if each.opened is not None]
             try:
                 opened = await asyncio.to_thread(open_adapter, folder, models)
                 try:
-                    served = await asyncio.to_thread(build_served_model, name, str(folder), opened, Embedder())
+                    served = await asyncio.to_thread(
+                        build_served_model, name, str(folder), opened, Embedder(), first.limits
+                    )
                 except BaseException:
                     await opened.answerer.engine.close()
                     raise

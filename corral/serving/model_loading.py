@@ -26,6 +26,7 @@ from corral.run.directory import is_run
 from corral.run.promotion import Promotion, read_promotion
 from corral.serving.logs import traceback_without_message
 from corral.serving.models import ServedModel, ServedModels
+from corral.serving.protocol import DEFAULT_LIMITS, RequestLimits
 
 _CHECK_SECONDS = 5.0  # how often replicas are checked while there are no requests
 _FOLLOW_SECONDS = 2.0  # how often the promotion of a followed run is read
@@ -48,6 +49,7 @@ class ModelOptions:
         embeddings: offer `/v1/embeddings`.
         follow: serve the models that the runs among them promote later.
         adapters: the folder from which adapters may be loaded later; None: none may.
+        limits: of one request.
     """
 
     specs: Sequence[str]
@@ -58,6 +60,7 @@ class ModelOptions:
     embeddings: bool = False
     follow: bool = False
     adapters: Path | None = None
+    limits: RequestLimits = DEFAULT_LIMITS
 
 
 def open_served_models(options: ModelOptions, at_once: int = 128) -> ServedModels:
@@ -80,7 +83,7 @@ def open_served_models(options: ModelOptions, at_once: int = 128) -> ServedModel
     opened = _connect(named, options.urls, at_once) if options.urls else open_models(specs, local, **_plans(options))
     embed = Embedder()
     served = [
-        replace(build_served_model(name, spec, each, embed), promotion=promotion)
+        replace(build_served_model(name, spec, each, embed, options.limits), promotion=promotion)
         for (name, spec), each, promotion in zip(named, opened, promotions, strict=True)
     ]
     if options.embeddings or any(map(_needs_embeddings, served)):
@@ -126,7 +129,7 @@ async def _open_beside(before: ServedModel, spec: str, options: ModelOptions) ->
         raise
     try:
         embed = before.embed if isinstance(before.embed, Embedder) else Embedder()
-        served = await asyncio.to_thread(build_served_model, before.name, spec, opened, embed)
+        served = await asyncio.to_thread(build_served_model, before.name, spec, opened, embed, before.limits)
         if before.embed is not None or _needs_embeddings(served):
             served = replace(served, embed=await asyncio.to_thread(_load_embedder, embed))
     except BaseException:
@@ -135,13 +138,15 @@ async def _open_beside(before: ServedModel, spec: str, options: ModelOptions) ->
     return served
 
 
-def build_served_model(name: str, spec: str, opened: OpenedModel, embed: Embedder) -> ServedModel:
+def build_served_model(
+    name: str, spec: str, opened: OpenedModel, embed: Embedder, limits: RequestLimits
+) -> ServedModel:
     """A loaded model as its run's recipe asks it, if it belongs to a run. Raises: as `build_answerer`."""
     answer, seed = load_answer_settings(spec, {} if find_run(spec) else CHAT_SAMPLING)
     settings = AnswererSettings(spec, answer, seed)
     answerer = settings.build_on(opened.answerer, embed)
     fingerprint = f"fp_{settings.identity_on(opened.identity).digest}"
-    return ServedModel(answerer, name, fingerprint=fingerprint, opened=opened)
+    return ServedModel(answerer, name, limits, fingerprint, opened=opened)
 
 
 def _plans(options: ModelOptions) -> dict[str, Any]:

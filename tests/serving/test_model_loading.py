@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import shutil
 import weakref
@@ -226,6 +227,7 @@ async def followed(run: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator
     try:
         yield models
     finally:
+        gc.unfreeze()
         assert not task.done()
         task.cancel()
         await asyncio.wait([task])
@@ -238,6 +240,7 @@ async def test_a_followed_run_serves_what_it_promotes_and_a_running_request_ends
     sampling = Sampling(400, temperature=1.0, seed=1)
     async with followed(run, monkeypatch) as models:
         before = models.get("mine")
+        gc.freeze()
         weights = weakref.ref(before.opened.answerer.engine._shared.model)  # type: ignore[union-attr]
         (expected,) = await before.answerer.engine.submit([5], sampling).completions()
         with models.use(before):
@@ -256,7 +259,7 @@ async def test_a_followed_run_serves_what_it_promotes_and_a_running_request_ends
             while True:  # it is closed at some time
                 await before.answerer.engine.submit([5], Sampling(2)).completions()
         del before, running
-        while weights() is not None:
+        while weights() is not None:  # also where the server has told the garbage collector to leave its models alone
             await asyncio.sleep(0.02)
 
 
