@@ -36,6 +36,9 @@ class SharedModel:
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
+        get_base_model: Any = getattr(model, "get_base_model", lambda: model)
+        self.causal: PreTrainedModel = get_base_model()
+        """The model in which the adapters are layers."""
         self._layers: list[Any] = []
         self._active: str | None = None
         self._numbers = itertools.count(1)
@@ -124,7 +127,7 @@ class SharedEngine(TransformersEngine):
     """
 
     def __init__(self, shared: SharedModel, adapter: str | None, cache_bytes: int | None = None) -> None:
-        super().__init__(shared.model, cache_bytes=cache_bytes, turn=partial(shared.use, adapter))
+        super().__init__(shared.causal, cache_bytes=cache_bytes, turn=partial(shared.use, adapter))
         self._shared = shared
         self._adapter = adapter
         self._cache_bytes = cache_bytes
