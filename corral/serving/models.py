@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -183,6 +184,13 @@ class ServedModels:
         if self._requests[engine] or any(each.answerer.engine is engine for each in self._served.values()):
             return
         del self._requests[engine]
-        task = asyncio.get_running_loop().create_task(engine.close())
+        task = asyncio.get_running_loop().create_task(_close(engine))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+async def _close(engine: Engine) -> None:
+    """Close an engine and free its weights now: requests are cycles that hold their engine, and who is idle collects none."""
+    await engine.close()
+    del engine
+    gc.collect()
