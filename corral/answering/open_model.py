@@ -131,18 +131,16 @@ def open_adapter(folder: Path, opened: Sequence[OpenedModel]) -> OpenedModel:
         ContractError, TemplateError: as `open_model`.
         RequestError: their engine loads no adapters while it serves, or not this kind.
     """
+    adapter = AdapterFiles.read(folder)
     files, template = _find_checked(str(folder))
     base = next((each for each in opened if each.files.folder.resolve() == files.folder.resolve()), None)
-    if files.adapter is None or base is None:
-        raise ModelError(
-            "this folder holds no adapter" if files.adapter is None else "no model that is loaded is its base",
-            where=str(folder),
-            hint=f"name an adapter of {', '.join(dict.fromkeys(str(each.files.folder) for each in opened))}",
-        )
-    adapter = AdapterFiles.read(files.adapter)
+    if base is None:
+        bases = ", ".join(dict.fromkeys(str(each.files.folder) for each in opened))
+        what = "no model that is loaded is the base of this adapter"
+        raise ModelError(what, where=str(folder), hint=f"name an adapter of {bases}")
     adapter.check_fit(files.folder)
     adapter.check_trained()
-    engine = base.answerer.engine.with_adapter(files.adapter)
+    engine = base.answerer.engine.with_adapter(adapter.folder)
     identity = identify_model(
         weights_identity(files), template, engine.name, dtype=base.identity.dtype, device=base.identity.device
     )

@@ -259,7 +259,9 @@ async def test_a_followed_run_serves_what_it_promotes_and_a_running_request_ends
             while True:  # it is closed at some time
                 await before.answerer.engine.submit([5], Sampling(2)).completions()
         del before, running
-        while weights() is not None:  # the server froze what was there before, as it does: no cycle may hold the weights
+        while (
+            weights() is not None
+        ):  # the server froze what was there before, as it does: no cycle may hold the weights
             gc.collect()
             await asyncio.sleep(0.02)
 
