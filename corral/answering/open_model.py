@@ -104,7 +104,7 @@ def open_models(
             adapters.append(files.adapter)
     opened: dict[tuple[Path, Path | None], tuple[Engine, str, DType]] = {}
     for folder, adapters in bases.items():
-        name, device, dtype = choose_engine(folder, engine, adapter=any(adapters))
+        name, device, dtype = choose_engine(folder, engine, adapter=any(adapters) or later_adapters > 0)
         loaded = load_engines(
             name,
             folder,
