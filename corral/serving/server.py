@@ -109,9 +109,8 @@ async def _run(
     hosts = _hosts(str(address), listen, admission)
     app = build_app(models, admission, routers=routers, hosts=hosts, cors=listen.cors, root_path=listen.root_path)
     server = build_http_server(app, admission)
-    if not (options.follow or options.adapters):  # models stay: looking through them for garbage would hold up requests
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()  # looking through models for garbage would hold up requests; one that is replaced is in no cycle
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
