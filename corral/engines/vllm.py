@@ -44,7 +44,7 @@ from corral.engines.vllm_settings import (
     request_params,
     sampling_params,
 )
-from corral.errors import EngineError, ModelError, RequestError, require
+from corral.errors import EngineError, EngineUnavailableError, ModelError, RequestError, require
 from corral.model.folder import check_folder
 
 if TYPE_CHECKING:
@@ -354,7 +354,9 @@ class VllmEngine(Engine):
         if isinstance(error, EngineError):
             return error
         if not self._alive():
-            return EngineError(f"the processes of engine {self.name!r} have ended", hint="load the engine again")
+            return EngineUnavailableError(
+                f"the processes of engine {self.name!r} have ended", hint="load the engine again"
+            )
         cause = error.__cause__ or error
         return EngineError(f"engine {self.name!r}: {type(cause).__name__}: {cause}")
 

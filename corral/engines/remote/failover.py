@@ -5,7 +5,7 @@
 - An endpoint that is busy (429, 503, 504) is not asked again by this request until its Retry-After has passed.
 - An endpoint that cannot be reached, or that fails three times in a row, rests: for a while, longer each time, and until it
   lists its model again.
-- Requests under way at an endpoint that fails three checks in a row are taken from it, and asked elsewhere.
+- Requests under way at an endpoint that is silent in three checks are taken from it, and asked elsewhere.
 - An endpoint that answers with an error counts as failed only if another one answers the same request.
 """
 
@@ -33,7 +33,7 @@ _SETUP_REQUESTS = 64  # at once, before `monitor`
 _PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # a request waits for no endpoint that asks for more
 _MAX_FAILURES = (
-    3  # in a row: of requests, after which an endpoint rests; of checks, after which it gives no answer any more
+    3  # in a row: of requests, after which an endpoint rests; of silent checks, after which it gives no answer any more
 )
 
 
@@ -42,8 +42,8 @@ class _Endpoint:
     client: EndpointClient
     requests: set[asyncio.Timeout] = field(default_factory=set[asyncio.Timeout])
     """One for each request under way, which ends it if rescheduled."""
-    failed_checks: int = 0
-    """In a row."""
+    silent_checks: int = 0
+    """Since it last passed one."""
     failures: int = 0
     """Requests in a row that failed, not counting those that it was too busy for."""
     rests: int = 0
@@ -257,7 +257,7 @@ class FailoverClient:
             async with asyncio.timeout(_PROBE_SECONDS):
                 listed = await endpoint.client.models()
             if self._model is None or any(model.id == self._model for model in listed):
-                endpoint.failed_checks = 0
+                endpoint.silent_checks = 0
                 return True
             failure = TransientError(f"has no model {self._model!r}", kind="lacks the model")
         except TransientError as error:
@@ -266,8 +266,9 @@ class FailoverClient:
             failure = TransientError(f"does not list its models within {_PROBE_SECONDS:.0f} s", kind=SILENT)
         except EngineError as error:
             failure = TransientError(error.what, kind="answers with an error", status=error.status)
-        endpoint.failed_checks += 1
-        if endpoint.failed_checks >= _MAX_FAILURES:
+        # One that refuses checks or connections may still finish its answers, as a server does that is shut down.
+        endpoint.silent_checks += failure.kind == SILENT
+        if endpoint.silent_checks >= _MAX_FAILURES:
             while endpoint.requests:
                 endpoint.requests.pop().reschedule(0.0)
         self._rest(endpoint, failure, still=endpoint.recovery is not None)
@@ -310,7 +311,7 @@ class FailoverClient:
 async def _request(
     endpoint: _Endpoint, path: str, body: dict[str, Any], read: Callable[[httpx2.Response], Awaitable[T]]
 ) -> T:
-    """`EndpointClient.request`, until the endpoint has failed too many checks."""
+    """`EndpointClient.request`, until the endpoint was silent in too many checks."""
     try:
         async with asyncio.timeout(None) as patience:
             endpoint.requests.add(patience)

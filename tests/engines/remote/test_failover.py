@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.engines.remote.fake_server import (
     FakeServer,
     answers_well,
     ask,
+    chunk,
     fake_server,
     first_then,
     refuses_with,
@@ -195,6 +197,7 @@ import http.server, json, time
 class Replica(http.server.BaseHTTPRequestHandler):
     def send(self, data):
         self.send_response(200)
+        self.send_header("content-type", "text/event-stream" if self.command == "POST" else "application/json")
         self.end_headers()
         self.wfile.write(data)
 
@@ -230,11 +233,12 @@ async def test_a_request_is_taken_from_a_replica_that_hangs_and_the_replica_is_b
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("corral.engines.remote.failover._PROBE_SECONDS", 2.0)
-    with replica_process() as (process, url), web_server(fake_server(answers_well)) as other:
+    second = fake_server(answers_well)
+    with replica_process() as (process, url), web_server(second) as other:
         async with remote(url, other, retries=50, check_seconds=0.1) as engine:
             stream = aiter(engine.submit([1], DRAWN))
             assert (await anext(stream)).ids == (7, 8)
-            await asyncio.sleep(0.5)
+            assert not second.requests
             process.send_signal(signal.SIGSTOP)
             assert [id_ async for delta in stream for id_ in delta.ids] == [9], "the other gives the rest"
             await asyncio.to_thread(wait_for, lambda: engine.replicas[0].fault == "silent")
@@ -243,6 +247,31 @@ async def test_a_request_is_taken_from_a_replica_that_hangs_and_the_replica_is_b
             assert engine.ready
             process.send_signal(signal.SIGCONT)
             await asyncio.to_thread(wait_for, lambda: engine.replicas[0].fault is None)
+
+
+async def test_a_replica_that_does_not_list_its_model_any_more_still_finishes_its_answers() -> None:
+    may_end = threading.Event()
+
+    def slow(self: FakeServer) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(f"data: {json.dumps(chunk(7, 8))}\n\n".encode())
+        assert may_end.wait(60)
+        self.wfile.write(f"data: {json.dumps(chunk(9, finish='length'))}\n\ndata: [DONE]\n\n".encode())
+
+    server = fake_server(slow, protocol_version="HTTP/1.0")
+    with web_server(server) as url:
+        async with remote(url, retries=0, check_seconds=0.05) as engine:
+            stream = aiter(engine.submit([1], DRAWN))
+            assert (await anext(stream)).ids == (7, 8)
+            server.models = [{"id": "another", "max_model_len": 8192}]
+            listed = len(server.headers_of_lists)
+            await asyncio.to_thread(wait_for, lambda: len(server.headers_of_lists) > listed + 5)
+            assert [each.fault for each in engine.replicas] == ["lacks the model"]
+            may_end.set()
+            assert [id_ async for delta in stream for id_ in delta.ids] == [9]
+    assert len(server.requests) == 1
 
 
 async def test_an_engine_without_a_server_says_what_became_of_each_and_quotes_none() -> None:
