@@ -151,6 +151,8 @@ class Answerer:
     async def encode_prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
         """The token ids of a prompt, with as many examples as leave room in the context for the answer.
 
+        A conversation that ends with an answer is continued: what is generated follows its text.
+
         Raises:
             TemplateError: the template refuses the conversation.
             AssetError: the embedding model that finds similar examples cannot be loaded.
@@ -159,9 +161,16 @@ class Answerer:
         if prompting is None:
             return await self._encode(conversation)
         max_prompt = self.engine.features.max_length - (sampling or self.sampling).max_tokens
+        asked, begun = conversation, ()
+        if conversation.answered:
+            asked, begun = Conversation(conversation.messages[:-1]), conversation.messages[-1:]
+
+        def apply(examples: Sequence[Conversation]) -> Conversation:
+            return Conversation((*prompting.apply(asked, examples).messages, *begun))
+
         _, ids = await self._encode_with_examples(
-            conversation,
-            lambda examples: self._encode(prompting.apply(conversation, examples)),
+            asked,
+            lambda examples: self._encode(apply(examples)),
             lambda ids: len(ids) <= max_prompt,
         )
         return ids
@@ -174,7 +183,8 @@ class Answerer:
 
     async def _encode(self, conversation: Conversation) -> list[int]:
         characters = conversation.characters + _CHARACTERS_PER_MESSAGE * len(conversation.messages)
-        return await self.run_in_thread_if_long(characters, self.template.prompt, conversation)
+        encode = self.template.continuation if conversation.answered else self.template.prompt
+        return await self.run_in_thread_if_long(characters, encode, conversation)
 
     def start(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
         """Request completions of an encoded prompt. Returns at once; must be called in a running event loop.

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 ASSET = "all-minilm-l6-v2"
 MAX_TOKENS = 256
-"""Tokens of a text that are used; the model was trained on no longer texts."""
+"""Tokens of a text that are used, with the special ones around it; the model was trained on no longer texts."""
+WINDOW = MAX_TOKENS - 2
+"""The same without the special tokens."""
+VOCABULARY = 30_522
+"""Ids of its tokenizer are below this."""
 MAX_CHARACTERS = 2**16
 """Characters of a text that are read: more than any 256 tokens of a language have."""
 DIMENSIONS = 384
@@ -31,34 +35,33 @@ class Embedder:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """[n, 384] unit vectors, in the order of the n texts. Raises: AssetError (the model cannot be fetched)."""
+        return self.embed_ids([ids[:WINDOW] for ids in self.tokenize([text[:MAX_CHARACTERS] for text in texts])])
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without the special tokens around it. Raises: AssetError."""
+        with self._lock:
+            tokenizer, _ = self._load()
+            return tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def embed_ids(self, windows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """[n, 384] unit vectors of n lists of at most `WINDOW` ids, in their order. Raises: AssetError."""
         import torch
 
         with self._lock:
             tokenizer, model = self._load()
-            vectors = np.empty((len(texts), model.config.hidden_size))
+            vectors = np.empty((len(windows), model.config.hidden_size))
             # Sorted by length, so that little is padding.
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
             for start in range(0, len(order), _BATCH):
                 indices = order[start : start + _BATCH]
-                batch = tokenizer(
-                    [texts[i][:MAX_CHARACTERS] for i in indices],
-                    padding=True,
-                    truncation=True,
-                    max_length=MAX_TOKENS,
-                    return_tensors="pt",
-                )
+                ids = [[tokenizer.cls_token_id, *windows[i], tokenizer.sep_token_id] for i in indices]
+                batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
                 with torch.inference_mode():
                     hidden = model(**batch).last_hidden_state
                 weights = batch["attention_mask"].unsqueeze(-1)
                 mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
                 vectors[indices] = torch.nn.functional.normalize(mean, dim=-1).numpy()
         return vectors
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The tokens of each text, with the two special ones around it; `MAX_TOKENS` of them are used. Raises: AssetError."""
-        with self._lock:
-            tokenizer, _ = self._load()
-            return [len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]]
 
     def _load(self) -> tuple[Any, Any]:
         self._loaded = self._loaded or _load_model()

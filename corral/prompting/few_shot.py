@@ -93,11 +93,12 @@ class Prompting:
         return [examples[dropped:] for dropped in range(len(examples))]
 
     def apply(self, conversation: Conversation, examples: Sequence[Conversation]) -> Conversation:
-        """The conversation, which ends with the user, with examples before it and the instruction for steps."""
+        """The conversation, which ends with the user or the system, with examples before it and the instruction for steps."""
         messages = insert_examples(examples, conversation).messages
-        if not self.reasoning:
+        if not self.reasoning or not messages:
             return Conversation(messages)
-        return Conversation((*messages[:-1], Message("user", f"{messages[-1].content}\n\n{STEP_BY_STEP}")))
+        last = messages[-1]
+        return Conversation((*messages[:-1], Message(last.role, f"{last.content}\n\n{STEP_BY_STEP}")))
 
 
 def insert_examples(examples: Sequence[Conversation], conversation: Conversation) -> Conversation:

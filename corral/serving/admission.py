@@ -72,8 +72,8 @@ class RequestHandler(Protocol):
         """Tokens of prompt and answer so far; may be read at any time, also after `cancel`."""
         ...
 
-    def result(self) -> Coroutine[Any, Any, BaseModel]:
-        """The complete response."""
+    def result(self) -> Coroutine[Any, Any, BaseModel | str]:
+        """The complete response, as a model or as JSON."""
         ...
 
     def events(self) -> AsyncGenerator[Event, None]:

@@ -19,10 +19,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 import corral
 from corral.errors import DatabaseError
+from corral.serving import tokens
 from corral.serving.accounts import RATE_LIMIT_HEADERS
 from corral.serving.admission import Admission
 from corral.serving.chat import ChatRequest, start_chat
-from corral.serving.completions import CompletionRequest, start_completions
+from corral.serving.completions import start_completions
 from corral.serving.docs_page import HEADERS as DOCS_HEADERS
 from corral.serving.docs_page import render_docs
 from corral.serving.errors import database_unavailable, engine_unavailable, shutting_down
@@ -30,7 +31,9 @@ from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.models import ServedModels
 from corral.serving.protocol import ModelList, Refused, validation_error
+from corral.serving.request_fields import NOTE_HEADERS, report
 from corral.serving.streams import error_response, json_response
+from corral.serving.text_choices import CompletionRequest
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
 
@@ -69,11 +72,12 @@ def build_app(
             allow_origins=cors,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "x-corral-client", *RATE_LIMIT_HEADERS],
+            expose_headers=["x-request-id", "retry-after", "x-corral-client", *NOTE_HEADERS, *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(ResponseMiddleware, admission=admission, root_path=root_path)
     _handle_errors(app)
     app.include_router(_model_routes(models, admission))
+    app.include_router(tokens.build_router(models))
     app.include_router(_status_routes(models, admission))
     app.include_router(_document_routes(app))
     for router in routers:
@@ -88,24 +92,26 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
-        return await admission.handle(
+        response = await admission.handle(
             request,
             lambda reserve: start_chat(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),
         )
+        return report(body.notes, response)
 
     @router.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
-        return await admission.handle(
+        response = await admission.handle(
             request,
             lambda reserve: start_completions(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),
         )
+        return report(body.notes, response)
 
     @router.get("/models")
     async def listed() -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -1,101 +1,153 @@
-"""OpenAI's chat protocol: its requests and responses as types, and how a request is answered, whole or as a stream."""
+"""OpenAI's chat protocol: its requests and responses as types, and how a request is answered, whole or as a stream.
+
+A conversation that ends with the assistant's message is continued: the answer is what follows its text, as with vLLM's
+`continue_final_message` and Anthropic's prefill.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from corral.answering.answerer import Answer, TextDelta, Token
+from corral.engines.base import MAX_ALTERNATIVES
 from corral.messages import Conversation, Role
 from corral.serving.accounts import Reserve, reserve_any
-from corral.serving.generation import RunningAnswer, finish_reason, start_answer
+from corral.serving.generation import IMPOSSIBLE_LOGPROB, RunningAnswer, check_rules, finish_reason, start_answer
 from corral.serving.models import ServedModel
 from corral.serving.protocol import (
     DEFAULT_LIMITS,
+    NO_FORMS,
     ConsensusResult,
     ConversationRequest,
-    IgnoredObject,
-    MustBeEmpty,
-    MustBeNull,
-    MustBeZero,
+    GenerationRequest,
+    Length,
     Refused,
-    StrictModel,
     Usage,
-    unsupported_except,
+    json_list,
+    json_with,
 )
+from corral.serving.request_fields import StrictModel
 from corral.serving.streams import DONE, Event, error_event
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}
+_CHARACTERS_PER_LOGPROB = 50  # rough cost of encoding one, to decide whether to use a thread
 
 
 class TextPart(StrictModel):
     """A part of a message; text is the only supported type."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    ignored = frozenset({"cache_control"})
 
 
 class ChatMessage(StrictModel):
     """One message. `developer` is another name for `system`. Parts are joined without a separator."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=DEFAULT_LIMITS.parts, fail_fast=True)]
-    # Fields of a response's message, for clients that send it back unchanged.
-    refusal: MustBeNull = None
-    annotations: MustBeEmpty = None
-    audio: MustBeNull = None
-    name: MustBeNull = None
-    tool_calls: MustBeEmpty = None
-    function_call: MustBeNull = None
-    # Some clients add the type, as in a part or an item.
-    type: Annotated[Any, unsupported_except(None, "text", "message")] = None
+    content: str | Annotated[list[TextPart], Field(max_length=DEFAULT_LIMITS.parts, fail_fast=True)] | None = None
+    """May be left out, or null, in an assistant's message."""
+
+    # Fields of a response's message, for clients that send it back; some add a type, or say that an answer is a prefix.
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "tool_calls": ([],),
+        "annotations": ([],),
+        "refusal": ("",),
+        "audio": (),
+        "function_call": (),
+        "type": ("text", "message"),
+        "prefix": (True, False),
+    }
+    ignored = frozenset({"name", "reasoning_content", "reasoning", "cache_control"})
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+
+def _check_parts(value: Any) -> Any:
+    """Refuse many parts before each one is looked at."""
+    if isinstance(value, list) and len(cast(list[Any], value)) <= DEFAULT_LIMITS.messages:
+        contents: Iterator[Any] = (m.get("content") for m in cast(list[Any], value) if isinstance(m, dict))
+        if sum(len(content) for content in contents if isinstance(content, list)) > DEFAULT_LIMITS.all_parts:
+            context = {"most": DEFAULT_LIMITS.all_parts}
+            raise PydanticCustomError("too_long", "has more than {most} parts in all its messages", context)
+    return cast(Any, value)
+
+
+Messages: TypeAlias = Annotated[
+    list[ChatMessage],
+    Field(min_length=1, max_length=DEFAULT_LIMITS.messages, fail_fast=True),
+    BeforeValidator(_check_parts),
+]
 
 
 class ChatRequest(ConversationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=DEFAULT_LIMITS.messages, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Messages
+    max_tokens: Length = Field(None, ge=1)
+    max_completion_tokens: Length = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: MustBeZero = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    continue_final_message: bool | None = None
+    """False refuses a conversation that ends with the assistant's message."""
+    add_generation_prompt: bool | None = None
+    """The opposite of `continue_final_message`, for such a conversation; vLLM has both."""
 
-    # Accepted without effect: they concern the account, not the answer.
-    metadata: IgnoredObject = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: IgnoredObject = None
-    service_tier: str | None = None
-    parallel_tool_calls: bool | None = None
-    store: Annotated[Any, unsupported_except(None, False)] = None
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **GenerationRequest.only,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"], []),
+        "audio": (),
+        "web_search_options": (),
+        "ignore_eos": (False,),
+        "skip_special_tokens": (True,),
+        "best_of": (1,),
+        "echo": (False,),
+    }
+    why: ClassVar[Mapping[str, str]] = {
+        **GenerationRequest.why,
+        "response_format": NO_FORMS,
+        "ignore_eos": "`/v1/completions` has it",
+    }
+    # They concern the account, how an answer is computed, or models of other kinds.
+    ignored = GenerationRequest.ignored | {
+        *("metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "moderation", "prediction"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "reasoning_effort", "verbosity"),
+    }
 
-    # Unsupported, except for values that change nothing.
-    tools: MustBeEmpty = None
-    tool_choice: Annotated[Any, unsupported_except(None, "none", "auto")] = None
-    functions: MustBeEmpty = None
-    function_call: Annotated[Any, unsupported_except(None, "none", "auto")] = None
-    response_format: Annotated[Any, unsupported_except(None, {"type": "text"})] = None
-    modalities: Annotated[Any, unsupported_except(None, ["text"])] = None
-    audio: MustBeNull = None
-    prediction: MustBeNull = None
-    moderation: MustBeNull = None
-    reasoning_effort: Annotated[Any, unsupported_except(None, "none")] = None
-    verbosity: MustBeNull = None
-    web_search_options: MustBeNull = None
+    @classmethod
+    def spread(cls, sent: dict[str, Any]) -> dict[str, Any]:
+        """Tools that may not be called change nothing."""
+        sent = super().spread(sent)
+        if sent.get("tool_choice") == "none":
+            sent = {**sent, "tools": None}
+        return sent
 
     @property
-    def wants_logprobs(self) -> bool:  # noqa: D102 (see GenerationRequest)
+    def length(self) -> int | None:
+        """Most tokens of an answer: the smaller one of the two fields."""
+        return min((each for each in (self.max_tokens, self.max_completion_tokens) if each is not None), default=None)
+
+    @property
+    def top_logprob_count(self) -> int:  # noqa: D102 (see GenerationRequest)
+        return self.top_logprobs or 0
+
+    @property
+    def wants_logprobs(self) -> bool:  # noqa: D102
         return bool(self.logprobs)
 
 
@@ -107,13 +159,18 @@ class Message(BaseModel):
     refusal: None = None
 
 
-class TokenLogprob(BaseModel):
-    """A generated token. `bytes` are what it adds to the text; null for a special token, which adds nothing."""
+class TopLogprob(BaseModel):
+    """A token. `bytes` are what it adds to the text; null for a special token, which adds nothing."""
 
     token: str
     bytes: list[int] | None
     logprob: float
-    top_logprobs: list[Any] = []
+
+
+class TokenLogprob(TopLogprob):
+    """A generated token, with the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob] = []
 
 
 class Logprobs(BaseModel):
@@ -175,12 +232,8 @@ class Chunk(BaseModel):
 
 async def start_chat(served: ServedModel, request: ChatRequest, reserve: Reserve = reserve_any) -> ChatHandler:
     """Start to answer a request. Raises: Refused."""
-    if None not in (request.max_tokens, request.max_completion_tokens):
-        what = "'max_tokens': set either it or 'max_completion_tokens'"
-        raise Refused(400, what, param="max_tokens")
-    conversation = _conversation(request.messages)
-    max_tokens = request.max_completion_tokens or request.max_tokens
-    answer = await start_answer(served, conversation, request, reserve, max_tokens=max_tokens, param="messages")
+    conversation = build_conversation(request.messages, request.continue_final_message, request.add_generation_prompt)
+    answer = await start_answer(served, conversation, request, reserve, max_tokens=request.length, param="messages")
     return ChatHandler(served, request, answer)
 
 
@@ -194,19 +247,15 @@ class ChatHandler:
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
-    async def result(self) -> ChatCompletion:
-        """The complete response; with consensus, its only choice is the chosen answer. Raises: Refused (the engine failed)."""
+    async def result(self) -> str:
+        """The complete response as JSON; with consensus, its only choice is the chosen answer.
+
+        Raises: Refused (the engine failed).
+        """
         answer = await self._answer.result()
-        indices = range(len(answer.texts)) if answer.vote is None else [answer.winner]
-        return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._served.name,
-            system_fingerprint=self._served.fingerprint,
-            choices=[self._choice(answer, source, index) for index, source in enumerate(indices)],
-            usage=self.usage,
-            consensus=self._answer.consensus_result,
-        )
+        entries = sum(map(len, answer.tokens)) * (1 + self._request.top_logprob_count)
+        characters = sum(map(len, answer.texts)) + entries * _CHARACTERS_PER_LOGPROB
+        return await self._served.answerer.run_in_thread_if_long(characters, self._encode, answer)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Chunks as JSON, then `DONE`. Raises: Refused (the answer failed)."""
@@ -233,19 +282,38 @@ class ChatHandler:
         """Stop the work; does nothing if it is done."""
         self._answer.cancel()
 
-    def _choice(self, answer: Answer, source: int, index: int) -> Choice:
-        tokens = answer.tokens[source] if answer.tokens and self._request.logprobs else None
-        return Choice(
+    def _encode(self, answer: Answer) -> str:
+        indices = range(len(answer.texts)) if answer.vote is None else [answer.winner]
+        completion = ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=[],
+            usage=self.usage,
+            consensus=self._answer.consensus_result,
+        )
+        choices = [self._encode_choice(answer, source, index) for index, source in enumerate(indices)]
+        return json_with(completion, choices=json_list(choices))
+
+    def _encode_choice(self, answer: Answer, source: int, index: int) -> str:
+        choice = Choice(
             index=index,
             message=Message(content=answer.texts[source]),
-            logprobs=None if tokens is None else self._logprobs(tokens),
+            logprobs=None,
             finish_reason=finish_reason(answer.completions[source].finish),
         )
+        if not (answer.tokens and self._request.logprobs):
+            return choice.model_dump_json()
+        content = json_list(self._token_logprob(token).model_dump_json() for token in answer.tokens[source])
+        return json_with(choice, logprobs=json_with(Logprobs(content=[]), content=content))
 
     def _choices(self, delta: TextDelta) -> list[ChunkChoice]:
         choices: list[ChunkChoice] = []
         if delta.text or delta.tokens:
-            logprobs = self._logprobs(delta.tokens) if self._request.logprobs else None
+            logprobs = None
+            if self._request.logprobs:
+                logprobs = Logprobs(content=[self._token_logprob(token) for token in delta.tokens])
             text = {"content": delta.text}
             choices.append(ChunkChoice(index=delta.choice, delta=text, logprobs=logprobs, finish_reason=None))
         if delta.finish is not None:
@@ -266,28 +334,35 @@ class ChatHandler:
         # As OpenAI, send `usage` (null in all chunks but the last) only if the client asked for it.
         return Event(chunk.model_dump_json(exclude=None if self._request.wants_usage else {"usage"}))
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Logprobs:
-        tokenizer = self._served.answerer.template.tokenizer
-        return Logprobs(
-            content=[
-                TokenLogprob(
-                    token=t.data.decode("utf-8", "replace") or str(tokenizer.convert_ids_to_tokens(t.id)),
-                    bytes=list(t.data) or None,
-                    logprob=t.logprob,
-                )
-                for t in tokens
-            ]
-        )
+    def _token_logprob(self, token: Token) -> TokenLogprob:
+        own = self._named(token.id, token.logprob)
+        tops = [self._named(id_, logprob) for id_, logprob in token.top]
+        return TokenLogprob(token=own.token, bytes=own.bytes, logprob=own.logprob, top_logprobs=tops)
+
+    def _named(self, id_: int, logprob: float) -> TopLogprob:
+        template = self._served.answerer.template
+        data = template.token_bytes[id_]
+        name = data.decode("utf-8", "replace") or str(template.tokenizer.convert_ids_to_tokens(id_))
+        return TopLogprob(token=name, bytes=[*data] or None, logprob=max(logprob, IMPOSSIBLE_LOGPROB))
 
 
-def _conversation(messages: Sequence[ChatMessage]) -> Conversation:
+def build_conversation(
+    messages: Sequence[ChatMessage], continue_final_message: bool | None, add_generation_prompt: bool | None
+) -> Conversation:
+    """Raises: Refused (a message without content, or the last message is not what the flags say)."""
     turns: list[tuple[Role, str]] = []
     for i, message in enumerate(messages):
         role: Role = "system" if message.role == "developer" else message.role
-        if role == "system" and i > 0:
-            param = f"messages[{i}].role"
-            raise Refused(400, f"{param!r}: only the first message may be a system message", param=param)
+        is_missing = message.content is None and role != "assistant"
+        check_rules(((is_missing, f"messages[{i}].content", "only an assistant's message may have none"),))
         turns.append((role, message.text))
-    if messages[-1].role != "user":
-        raise Refused(400, "'messages': the last message must be the user's", param="messages")
+    is_answered = turns[-1][0] == "assistant"
+    name = "add_generation_prompt" if continue_final_message is None else "continue_final_message"
+    continues = add_generation_prompt is False if continue_final_message is None else continue_final_message
+    begins = add_generation_prompt is True if continue_final_message is None else not continue_final_message
+    rules = (
+        (continues and not is_answered, name, "the last message is not the assistant's, so none can be continued"),
+        (begins and is_answered, name, "the last message is the assistant's: it is continued, or must be left out"),
+    )
+    check_rules(rules)
     return Conversation.from_turns(*turns)

@@ -1,4 +1,9 @@
-"""The route `/v1/embeddings`: texts → vectors of length 1 that are close to each other if the texts mean the same."""
+"""The route `/v1/embeddings`: texts → vectors of length 1 that are close to each other if the texts mean the same.
+
+The model reads 254 tokens. A longer text is read in windows of so many; its vector is the mean of theirs, weighted by their
+tokens and brought to length 1 again. With `dimensions`, a vector is cut to its first so many numbers and brought to length 1;
+the model was not trained for that, so short ones lose more than those of models that were.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +18,30 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from corral.engines.embedding import ASSET, DIMENSIONS, MAX_TOKENS, Embedder
+from corral.engines.embedding import ASSET, DIMENSIONS, VOCABULARY, WINDOW, Embedder
 from corral.serving.accounts import Reserve
 from corral.serving.admission import Admission
-from corral.serving.generation import count_usage
+from corral.serving.errors import Refused
+from corral.serving.generation import check_known_fields, check_rules, count_usage
 from corral.serving.models import ServedModels
-from corral.serving.protocol import DEFAULT_LIMITS, Refused, RequestLimits, StrictModel, Usage, unsupported_except
+from corral.serving.protocol import DEFAULT_LIMITS, RequestLimits, Usage, json_list, json_with, texts_or_ids
+from corral.serving.request_fields import RequestBody, report
 from corral.serving.streams import Event, error_event
 
 T = TypeVar("T")
 
-_BATCH_TEXTS = 32  # a cancelled request computes at most these to the end
+_BATCH = 32  # windows; a cancelled request computes at most these to the end
 
 
-class EmbeddingRequest(StrictModel):
-    """`POST /v1/embeddings`."""
+class EmbeddingRequest(RequestBody):
+    """`POST /v1/embeddings`. Token ids are those of the embedding model's own tokenizer."""
 
-    input: str | Annotated[list[str], Field(max_length=DEFAULT_LIMITS.inputs, fail_fast=True)]
+    input: Annotated[Any, texts_or_ids(DEFAULT_LIMITS.inputs)]
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     """`base64`: of little-endian 32-bit floats."""
-    dimensions: Annotated[Any, unsupported_except(None, DIMENSIONS)] = None
-
-    # Accepted without effect.
-    user: str | None = None
+    dimensions: int | None = Field(None, ge=1, le=DIMENSIONS)
+    ignored = frozenset({"user"})
 
 
 class Embedding(BaseModel):
@@ -78,74 +83,89 @@ def build_router(models: ServedModels, admission: Admission) -> APIRouter:
         if not models.is_embedding_model(body.model):
             what = f"the model {body.model!r} gives no embeddings: here {ASSET!r} does"
             raise Refused(404, what, param="model", code="model_not_found")
-        return await admission.handle(
+        response = await admission.handle(
             request, lambda reserve: _start_embeddings(embed, thread, body, limits, reserve), stream=False, model=ASSET
         )
+        return report(body.notes, response)
 
     return router
 
 
-async def _run(thread: ThreadPoolExecutor, compute: Callable[[Sequence[str]], T], texts: Sequence[str]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(thread, compute, texts)
+async def _run(thread: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
 
 
 async def _start_embeddings(
     embed: Embedder, thread: ThreadPoolExecutor, body: EmbeddingRequest, limits: RequestLimits, reserve: Reserve
 ) -> EmbeddingsHandler:
     """Raises: Refused (there is nothing to embed, or too much)."""
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if not 1 <= len(texts) <= limits.inputs:
-        raise Refused(400, f"'input': from 1 to {limits.inputs} texts are embedded at once", param="input")
-    counts = await _run(thread, embed.count_tokens, texts)
-    for index, (text, count) in enumerate(zip(texts, counts, strict=True)):
-        param = "input" if isinstance(body.input, str) else f"input[{index}]"
-        if not text:
-            raise Refused(400, f"{param!r}: an empty text has no meaning to embed", param=param)
-        if count > MAX_TOKENS:
-            what = f"{param!r}: this model reads {MAX_TOKENS} tokens, and the text has {count}"
-            raise Refused(400, what, param=param, code="context_length_exceeded")
-    reserve(sum(counts), 0)
-    return EmbeddingsHandler(embed, thread, texts, sum(counts), body.encoding_format or "float")
+    check_known_fields(limits, body)
+    inputs: list[Any] = body.input
+    texts = all(isinstance(each, str) for each in inputs)
+    empty = next((i for i, each in enumerate(inputs) if not each), None)
+    check_rules(
+        (
+            (len(inputs) > limits.inputs, "input", f"at most {limits.inputs} texts are embedded at once"),
+            (empty is not None, f"input[{empty}]", "an empty text has no meaning to embed"),
+        )
+    )
+    ids: list[list[int]] = await _run(thread, embed.tokenize, inputs) if texts else inputs
+    beyond = next((i for i, each in enumerate(ids) if each and not 0 <= min(each) <= max(each) < VOCABULARY), None)
+    windows = [(i, each[at : at + WINDOW]) for i, each in enumerate(ids) for at in range(0, max(1, len(each)), WINDOW)]
+    own = f"ids are those of this model's tokenizer, from 0 to {VOCABULARY - 1}: send text, or the ids of {ASSET!r}"
+    most = f"the texts have {sum(map(len, ids))} tokens, and at most {limits.inputs} windows of {WINDOW} are embedded"
+    check_rules(((beyond is not None, f"input[{beyond}]", own), (len(windows) > limits.inputs, "input", most)))
+    handler = EmbeddingsHandler(embed, thread, body, windows)
+    reserve(handler.usage.prompt_tokens, 0)
+    return handler
 
 
 class EmbeddingsHandler:
-    """An embeddings request that is being answered; see `RequestHandler`."""
+    """An embeddings request that is being answered; see `RequestHandler`.
+
+    Args:
+        windows: (index of the text, ids of a part of it), in the order of the texts.
+    """
 
     def __init__(
         self,
         embed: Embedder,
         thread: ThreadPoolExecutor,
-        texts: Sequence[str],
-        tokens: int,
-        encoding: Literal["float", "base64"],
+        request: EmbeddingRequest,
+        windows: Sequence[tuple[int, Sequence[int]]],
     ) -> None:
         self._embed = embed
         self._thread = thread
-        self._texts = texts
-        self._encoding = encoding
-        self.usage: Usage = count_usage(tokens, 0)
-        """The tokens of all texts."""
+        self._request = request
+        self._windows = windows
+        self.usage: Usage = count_usage(sum(len(ids) + 2 for _, ids in windows), 0)
+        """The tokens of all texts, with the special ones around each window."""
 
-    async def result(self) -> EmbeddingList:
-        """The complete response."""
-        vectors: list[NDArray[np.float64]] = []
-        for start in range(0, len(self._texts), _BATCH_TEXTS):
-            vectors += [*await _run(self._thread, self._embed, self._texts[start : start + _BATCH_TEXTS])]
+    async def result(self) -> str:
+        """The complete response as JSON."""
+        sums = np.zeros((1 + self._windows[-1][0], DIMENSIONS))
+        for start in range(0, len(self._windows), _BATCH):
+            batch = self._windows[start : start + _BATCH]
+            vectors = await _run(self._thread, self._embed.embed_ids, [ids for _, ids in batch])
+            for (index, ids), vector in zip(batch, vectors, strict=True):
+                sums[index] += max(1, len(ids)) * vector
+        return await _run(self._thread, self._encode, sums)
+
+    def _encode(self, sums: NDArray[np.float64]) -> str:
+        vectors = _normalise(_normalise(sums)[:, : self._request.dimensions or DIMENSIONS])
         tokens = self.usage.prompt_tokens
-        return EmbeddingList(
-            data=[Embedding(index=i, embedding=self._encode(vector)) for i, vector in enumerate(vectors)],
-            model=ASSET,
-            usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
-        )
+        usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+        data = (Embedding(index=i, embedding=self._form(each)).model_dump_json() for i, each in enumerate(vectors))
+        return json_with(EmbeddingList(data=[], model=ASSET, usage=usage), data=json_list(data))
 
-    def _encode(self, vector: NDArray[np.float64]) -> list[float] | str:
-        if self._encoding == "float":
+    def _form(self, vector: NDArray[np.float64]) -> list[float] | str:
+        if self._request.encoding_format != "base64":
             return vector.tolist()
         return base64.b64encode(vector.astype(np.dtype("<f4")).tobytes()).decode()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The response as one event; OpenAI streams no vectors."""
-        yield Event((await self.result()).model_dump_json())
+        yield Event(await self.result())
 
     def error_event(self, refused: Refused) -> Event:
         """The error as the last event."""
@@ -153,3 +173,9 @@ class EmbeddingsHandler:
 
     def cancel(self) -> None:
         """Do nothing: a cancelled `result` starts no further batch."""
+
+
+def _normalise(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bring each row to length 1; a row of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from corral.answering.answerer import Answer, TextDelta, TextStream
 from corral.answering.consensus import Consensus
-from corral.engines.base import Finish, Sampling
+from corral.engines.base import OPTIONAL_SAMPLING, Finish, Sampling
 from corral.errors import (
     CorralError,
     EngineClosedError,
@@ -22,21 +22,26 @@ from corral.errors import (
     RequestError,
     TemplateError,
 )
-from corral.messages import Conversation
+from corral.messages import Conversation, Message
 from corral.serving.accounts import Reserve
 from corral.serving.errors import engine_unavailable
 from corral.serving.models import ServedModel
 from corral.serving.protocol import (
+    MAX_STOPS,
     ConsensusCandidate,
     ConsensusOptions,
     ConsensusResult,
     ConversationRequest,
     GenerationRequest,
     Refused,
+    RequestLimits,
     Usage,
 )
+from corral.serving.request_fields import RequestBody
+from corral.template import Template
 
-_MAX_STOPS = 4
+IMPOSSIBLE_LOGPROB = -9999.0
+"""Of a token of probability 0, as vLLM writes it: JSON has no infinity."""
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +101,7 @@ async def start_answer(
     """Start to answer a conversation, with the model's prompting and, unless the request says otherwise, its consensus.
 
     Args:
-        conversation: its last message is the user's.
+        conversation: an assistant's message at its end is continued.
         reserve: sets aside what the answer may use of the caller's quota.
         max_tokens: of each choice; None: as many as the context, the limits and the quota leave.
         param: the field of the request that holds the conversation.
@@ -104,27 +109,47 @@ async def start_answer(
     Raises:
         Refused: the request cannot be answered.
     """
-    check_request(served, request, most_stops=_MAX_STOPS)
-    check_max_tokens(served, max_tokens)
-    check_conversation(served, conversation, param=param)
     consensus = _choose_consensus(served, request)
+    sampling = build_sampling(request, 1, sampling_defaults(served, request))
+    if consensus is not None:
+        # Log-probabilities break ties.
+        sampling = replace(sampling, n=consensus.n, logprobs=served.answerer.engine.features.logprobs)
+    check_request(served, request, sampling)
+    check_conversation(served, conversation, param=param)
     answerer = served.answerer
+    # Few-shot examples are dropped to leave room for the answer, of the model's usual length if none is given that fits.
+    fits = max_tokens is not None and max_tokens < served.context
+    reserved = max_tokens if max_tokens is not None and fits else answerer.sampling.max_tokens
     with translate_errors():
         try:
-            # Few-shot examples are dropped to leave room for the answer, of the model's usual length if none is given.
-            reserved = max_tokens or answerer.sampling.max_tokens
+            conversation = arrange_system(answerer.template, conversation)
             ids = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=reserved))
         except TemplateError as error:
             raise Refused(400, error.what, param=param) from error
-        left = tokens_left(served, len(ids), max_tokens, param=param)
-        length = max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens)
-        choices = (request.n or 1) if consensus is None else consensus.n
-        length = reserve(len(ids), length, choices, may_shorten=max_tokens is None)
-        sampling = build_sampling(request, length, sampling_defaults(served, request))
-        if consensus is not None:
-            # Log-probabilities break ties.
-            sampling = replace(sampling, n=consensus.n, logprobs=answerer.engine.features.logprobs)
-        return RunningAnswer(answerer.start(ids, sampling, list(dict.fromkeys(request.stops))), consensus)
+        left = tokens_left(served, len(ids), None, param=param)
+        length = choose_length(served, request, max_tokens, left, served.limits.default_tokens)
+        check_logprobs(served, request, sampling.n * length)
+        length = reserve(len(ids), length, sampling.n, may_shorten=max_tokens is None)
+        return RunningAnswer(answerer.start(ids, with_length(sampling, length), request.stops), consensus)
+
+
+def arrange_system(template: Template, conversation: Conversation) -> Conversation:
+    """The conversation with system messages where its template renders them.
+
+    They stay where they are if the template renders several, and later ones. Else all their texts become one message at the
+    start, with an empty line between them. If there is nothing but system messages, and the template needs a user's message,
+    they become that.
+    """
+    messages = conversation.messages
+    systems = [message for message in messages if message.role == "system"]
+    others = tuple(message for message in messages if message.role != "system")
+    text = "\n\n".join(message.content for message in systems)
+    if systems and not others and not template.renders_system_alone:
+        return Conversation((Message("user", text),))
+    is_usual = messages[: len(systems)] == tuple(systems) and len(systems) <= 1
+    if is_usual or template.renders_any_system:
+        return conversation
+    return Conversation((Message("system", text), *others))
 
 
 def _consensus_result(answer: Answer) -> ConsensusResult:
@@ -173,26 +198,69 @@ def _check_consensus(served: ServedModel, request: ConversationRequest, options:
     check_rules(rules)
 
 
-def check_request(served: ServedModel, request: GenerationRequest, *, most_stops: int) -> None:
-    """Check the fields that all protocols share against the model and the limits. Raises: Refused."""
-    limits = served.limits
+def check_known_fields(limits: RequestLimits, request: RequestBody) -> None:
+    """Raises: Refused (the server is strict, and the request has a field that its type does not declare)."""
+    unknown = request.notes.unknown
+    if limits.strict and unknown is not None:
+        what = f"{unknown!r} is not a field this server knows"
+        raise Refused(400, what, param=unknown, code="unknown_parameter")
+
+
+def check_request(served: ServedModel, request: GenerationRequest, sampling: Sampling) -> None:
+    """Check the fields that all protocols share against the model, its engine and the limits. Raises: Refused."""
+    limits, engine = served.limits, served.answerer.engine
+    check_known_fields(limits, request)
     lengths = [len(stop) for stop in request.stops]
-    can_logprobs = served.answerer.engine.features.logprobs
-    stops = f"at most {most_stops} strings of 1 to {limits.stop_characters} characters"
-    rules = (
+    stops = f"at most {MAX_STOPS} strings of at most {limits.stop_characters} characters"
+    needs_stream = request.stream_options is not None and not request.stream
+    vocabulary = engine.features.vocabulary
+    context = f"the context of this model is {served.context} tokens"
+    rules = [
         ((request.n or 1) > limits.n, "n", f"at most {limits.n} choices are served"),
-        (len(lengths) > most_stops, "stop", stops),
-        (any(not 1 <= length <= limits.stop_characters for length in lengths), "stop", stops),
-        (request.stream_options is not None and not request.stream, "stream_options", "needs 'stream': true"),
-        (request.wants_logprobs and not can_logprobs, "logprobs", "the engine of this server gives none"),
-    )
+        (max(lengths, default=0) > limits.stop_characters, "stop", stops),
+        (needs_stream and limits.strict, "stream_options", "needs 'stream': true"),
+        (sampling.logprobs and not engine.features.logprobs, "logprobs", "the engine of this server gives none"),
+        (sampling.top_logprobs > 0 and not sampling.logprobs, "top_logprobs", "needs 'logprobs': true"),
+        ((request.num_ctx or 0) > served.context, "num_ctx", context),
+        (
+            any(id_ >= vocabulary for id_, _ in sampling.logit_bias),
+            "logit_bias",
+            f"token ids are from 0 to {vocabulary - 1}",
+        ),
+    ]
+    for name, neutral in OPTIONAL_SAMPLING.items():
+        is_lacking = getattr(sampling, name) != neutral and name not in engine.features.honours
+        field = "logprobs" if name == "top_logprobs" and name not in type(request).model_fields else name
+        rules.append((is_lacking, field, f"the engine of this model, {engine.name!r}, does not support it"))
     check_rules(rules)
+    if needs_stream:
+        request.notes.add_ignored("stream_options")
 
 
-def check_max_tokens(served: ServedModel, max_tokens: int | None) -> None:
-    """Raises: Refused (`max_tokens` is over the limit)."""
-    most = served.limits.max_tokens
-    check_rules((((max_tokens or 0) > most, "max_tokens", f"at most {most} tokens are generated for one choice"),))
+def check_logprobs(served: ServedModel, request: GenerationRequest, tokens: int) -> None:
+    """Check how many log-probabilities may be returned for so many tokens. Raises: Refused."""
+    most, count = served.limits.logprobs, tokens * (1 + request.top_logprob_count)
+    what = f"at most {most} are returned at once, and this request may have {count}: ask for fewer choices or tokens"
+    check_rules([(request.wants_logprobs and count > most, "logprobs", what)])
+
+
+def choose_length(
+    served: ServedModel, request: GenerationRequest, max_tokens: int | None, left: int, default: int
+) -> int:
+    """The tokens of an answer: as many as requested, if the context (`left`) and the limits have room for them.
+
+    Raises: Refused (a strict server, and they have not).
+    """
+    most = min(left, served.limits.max_tokens)
+    if max_tokens is None:
+        return min(most, default)
+    if max_tokens <= most:
+        return max_tokens
+    if served.limits.strict:
+        what = f"'max_tokens': there is room for {most} tokens, and {max_tokens} were asked for"
+        raise Refused(400, what, param="max_tokens", code="context_length_exceeded")
+    request.notes.max_tokens = min(most, request.notes.max_tokens or most)
+    return most
 
 
 def check_conversation(served: ServedModel, conversation: Conversation, *, param: str) -> None:
@@ -215,7 +283,7 @@ def check_characters(served: ServedModel, count: int, *, param: str) -> None:
         raise Refused(400, what, param=param, code="context_length_exceeded")
 
 
-def check_rules(rules: tuple[tuple[bool, str, str], ...]) -> None:
+def check_rules(rules: Iterable[tuple[bool, str, str]]) -> None:
     """Refuse a request by the first broken rule of (is broken, field, message). Raises: Refused."""
     for is_broken, param, what in rules:
         if is_broken:
@@ -267,10 +335,23 @@ def build_sampling(
         n=request.n or 1,
         temperature=defaults.temperature if request.temperature is None else request.temperature,
         top_p=defaults.top_p if request.top_p is None else request.top_p,
-        top_k=request.top_k or 0,
-        seed=request.seed,
+        top_k=max(0, request.top_k or 0),
+        min_p=request.min_p or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        logit_bias=request.logit_bias or (),
+        min_tokens=request.min_tokens or 0,
+        seed=None if request.seed == -1 else request.seed,  # as text-generation UIs write it
+        stop_ids=tuple(request.stop_token_ids or ()),
         logprobs=request.wants_logprobs,
+        top_logprobs=request.top_logprob_count,
     )
+
+
+def with_length(sampling: Sampling, max_tokens: int) -> Sampling:
+    """The sampling of an answer of at most so many tokens."""
+    return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
 
 
 def finish_reason(finish: Finish) -> Literal["stop", "length"]:

@@ -96,6 +96,7 @@ class ResponsesRequest(ConversationRequest):
     max_output_tokens: int | None = Field(None, ge=1)
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
+    user: str | None = None
     n: Annotated[Any, unsupported_except(None, 1)] = None
 
     # Accepted without effect.

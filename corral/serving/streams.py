@@ -39,9 +39,9 @@ def _encode(body: BaseModel) -> str:
         return json.dumps(body.model_dump())
 
 
-def json_response(body: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response."""
-    return Response(_encode(body), status, dict(headers or {}), "application/json")
+def json_response(body: BaseModel | str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response, of a model or of text that is JSON already."""
+    return Response(body if isinstance(body, str) else _encode(body), status, dict(headers or {}), "application/json")
 
 
 def error_response(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:

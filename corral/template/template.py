@@ -188,6 +188,48 @@ class Template:
             pieces = [(self._rendering.text(messages, generation_prompt=True), False)]
         return list(self._piece_tokenizer.tokenize(pieces).ids)
 
+    def continuation(self, conversation: Conversation) -> list[int]:
+        """Ids of a prompt that ends within the last answer, as the model would have written it so far.
+
+        Raises TemplateError (refused by the template, or the template does not render the answer as it is).
+        """
+        head, answer = conversation.split_answer()
+        if not answer.strip():
+            return self.prompt(head)
+        messages = self._messages(conversation)
+        try:
+            pieces = self._pieces(messages, generation_prompt=False)
+        except _UnmaskableError:
+            pieces = [(self._rendering.text(messages), False)]
+        last = max((i for i, (_, is_answer) in enumerate(pieces) if is_answer), default=len(pieces) - 1)
+        text, is_answer = pieces[last]
+        end = self._piece_tokenizer.last_control(text)
+        whole = messages[-1]["content"]
+        for content in (whole, whole.rstrip(), whole.strip()):
+            at = text.rfind(content, 0, end.start() if end else len(text))
+            if at >= 0:
+                pieces = [*pieces[:last], (text[: at + len(content)], is_answer)]
+                return list(self._piece_tokenizer.tokenize(pieces).ids)
+        raise TemplateError("the template changes the last answer, so it cannot be continued", where=self.name)
+
+    @cached_property
+    def renders_any_system(self) -> bool:
+        """Whether it renders several system messages, and later ones, where they stand."""
+        system = Message("system", _MARK)
+        return self._marks((system, system, *_PROBES[0].messages, system, *_PROBES[0].messages[:1])) == 3
+
+    @cached_property
+    def renders_system_alone(self) -> bool:
+        """Whether it renders a prompt of a system message alone."""
+        return self._marks((Message("system", _MARK),)) == 1
+
+    def _marks(self, messages: Sequence[Message]) -> int:
+        """How often the text of a prompt contains `_MARK`."""
+        with suppress(TemplateError):
+            text = self._rendering.text(self._messages(Conversation((*messages,))), generation_prompt=True)
+            return text.count(_MARK)
+        return 0
+
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids of the whole conversation; only the answers that are to be trained, and their end tokens, are.
 

@@ -82,7 +82,7 @@ def test_many_conversations_at_once(answerer: Answerer) -> None:
 def test_errors_of_template_and_engine_reach_the_caller(answerer: Answerer) -> None:
     with SyncAnswerer(answerer) as sync:
         with pytest.raises(TemplateError):
-            sync.answer(QUESTION.add("assistant", "Four."))
+            sync.answer(QUESTION.add("user", "non\ufdd0character"))
         with pytest.raises(EngineError, match="exceed"):
             sync.answer(QUESTION, Sampling(max_tokens=10**6))
         with pytest.raises(EngineError, match="exceed"):

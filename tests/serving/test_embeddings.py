@@ -56,22 +56,58 @@ def test_vectors_are_the_embedders_in_the_order_of_the_texts(embedding: openai.O
 def test_a_single_text_is_accepted_and_usage_counts_its_tokens(embedding: openai.OpenAI, embedder: Embedder) -> None:
     answer = embedding.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=384, user="me")
     assert len(answer.data) == 1
-    assert answer.usage.prompt_tokens == answer.usage.total_tokens == embedder.count_tokens(TEXTS[:1])[0] > 5
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == len(embedder.tokenize(TEXTS[:1])[0]) + 2 > 5
     assert (answer.model, answer.object) == (MODEL, "list")
+
+
+def test_token_ids_are_the_same_texts(embedding: openai.OpenAI, embedder: Embedder) -> None:
+    several = embedder.tokenize(TEXTS)
+    answer = embedding.embeddings.create(model=MODEL, input=several, encoding_format="float")
+    np.testing.assert_allclose(np.array([each.embedding for each in answer.data]), embedder(TEXTS), atol=1e-6)
+    answer = embedding.embeddings.create(model=MODEL, input=several[0], encoding_format="float")
+    np.testing.assert_allclose(np.array(answer.data[0].embedding), embedder(TEXTS[:1])[0], atol=1e-6)
+
+
+def test_a_long_text_is_the_mean_of_its_windows_weighted_by_their_tokens(
+    embedding: openai.OpenAI, embedder: Embedder
+) -> None:
+    text = "Boil the eggs for six minutes. " * 50
+    (ids,) = embedder.tokenize([text])
+    windows = [ids[:254], ids[254:]]
+    assert 0 < len(windows[1]) < 254
+    mean = sum(len(each) * vector for each, vector in zip(windows, embedder.embed_ids(windows), strict=True))
+    answer = embedding.embeddings.create(model=MODEL, input=[TEXTS[0], text], encoding_format="float")
+    np.testing.assert_allclose(np.array(answer.data[1].embedding), mean / np.linalg.norm(mean), atol=1e-6)
+    assert answer.usage.prompt_tokens == len(embedder.tokenize(TEXTS[:1])[0]) + len(ids) + 3 * 2
+
+
+def test_fewer_dimensions_are_the_first_ones_with_length_1(embedding: openai.OpenAI, embedder: Embedder) -> None:
+    answer = embedding.embeddings.create(model=MODEL, input=TEXTS, dimensions=100, encoding_format="float")
+    first = embedder(TEXTS)[:, :100]
+    expected = first / np.linalg.norm(first, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.array([each.embedding for each in answer.data]), expected, atol=1e-6)
+
+
+def test_fields_that_embeddings_do_not_know_are_named_in_a_header(embedding: openai.OpenAI) -> None:
+    extra = {"input_type": "query", "truncate": "END"}
+    response = embedding.embeddings.with_raw_response.create(model=MODEL, input="Two", extra_body=extra)
+    assert response.headers["x-corral-ignored"] == "input_type, truncate"
 
 
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({"input": ["fine", ""]}, "input[1]"),
-        ({"input": ""}, "input"),
+        ({"input": ""}, "input[0]"),
+        ({"input": [[5], []]}, "input"),
+        ({"input": [[30_522]]}, "input[0]"),
+        ({"input": [[-1]]}, "input[0]"),
         ({"input": []}, "input"),
         ({"input": ["a"] * 1025}, "input"),
-        ({"input": ["fine", "word " * 300]}, "input[1]"),
-        ({"input": [[1, 2, 3]]}, "input[0]"),
-        ({"dimensions": 100}, "dimensions"),
+        ({"input": ["a " * 130_050] * 2}, "input"),
+        ({"dimensions": 385}, "dimensions"),
+        ({"dimensions": 0}, "dimensions"),
         ({"encoding_format": "int8"}, "encoding_format"),
-        ({"extra_body": {"path": "/etc/passwd"}}, "path"),
     ],
 )
 def test_unsupported_embedding_parameters_are_refused_by_name(
@@ -116,14 +152,14 @@ class Slow(Embedder):
         yield
         self.running -= 1
 
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def embed_ids(self, windows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         with self._counted():
             assert self.gate.wait(60)
-            return np.ones((len(texts), 384))
+            return np.ones((len(windows), 384))
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         with self._counted():
-            return [1] * len(texts)
+            return [[1]] * len(texts)
 
 
 def test_cancelled_embeddings_are_not_started_and_one_runs_at_a_time(serve: Serve) -> None:

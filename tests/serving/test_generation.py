@@ -16,7 +16,7 @@ from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
 from corral.prompting.few_shot import STEP_BY_STEP, Prompting
-from corral.serving.generation import finish_reason
+from corral.serving.generation import arrange_system, finish_reason
 from corral.serving.models import ServedModel
 from corral.serving.protocol import Refused, RequestLimits
 from corral.template import Template
@@ -118,7 +118,6 @@ WISHES: Any = {
     "consensus.n": {"consensus": {"method": "majority", "n": 17}},
     "consensus.method": {"consensus": {"method": "cosine"}},
     "consensus": {"consensus": {"method": "rouge-l", "stop": "adaptive"}},
-    "consensus.shots": {"consensus": {"method": "rouge-l", "shots": "/etc/passwd"}},
 }
 
 
@@ -162,22 +161,24 @@ def test_examples_are_dropped_to_fit_the_requested_answer(tiny_template: Templat
     client = serve(ServedModel(answerer, "m")).client
     for most in (None, 170):
         chat(client, max_tokens=most)
-    with pytest.raises(openai.BadRequestError):
-        chat(client, max_tokens=199)
-    with_examples, without = map(len, engine.prompts)
+    chat(client, max_tokens=199)
+    chat(client, max_tokens=9999)
+    with_examples, without, clamped, usual = map(len, engine.prompts)
     assert without + 170 <= 200 < with_examples + 170
+    assert (clamped, usual) == (without, with_examples), "a limit beyond the context is no wish for a long answer"
+    assert [sampling.max_tokens for sampling in engine.samplings[2:]] == [200 - clamped, 200 - usual]
     assert without == len(tiny_template.prompt(Conversation.from_turns(("user", ASKED[0]["content"]))))
 
 
 @pytest.mark.parametrize(
     ("limits", "changes", "param"),
     [
-        (RequestLimits(max_tokens=8), {"max_tokens": 9}, "max_tokens"),
-        (RequestLimits(max_tokens=8), {"max_completion_tokens": 9}, "max_tokens"),
-        (RequestLimits(prompt_tokens=8), {}, "messages"),
+        (RequestLimits(max_tokens=8, strict=True), {"max_tokens": 9}, "max_tokens"),
+        (RequestLimits(max_tokens=8, strict=True), {"max_completion_tokens": 9}, "max_tokens"),
+        (RequestLimits(prompt_tokens=8, strict=True), {}, "messages"),
     ],
 )
-def test_more_tokens_than_the_servers_limit_are_refused(
+def test_more_tokens_than_the_servers_limit_are_refused_by_a_strict_server(
     limits: RequestLimits, changes: Any, param: str, tiny_template: Template, serve: Serve
 ) -> None:
     engine = Candidates(tiny_template)
@@ -188,6 +189,45 @@ def test_more_tokens_than_the_servers_limit_are_refused(
     assert server.complete(prompt="word " * 20, max_tokens=9)[0] == 400
     assert server.complete(prompt="word " * 20, max_tokens=9, echo=True, logprobs=0)[0] == 400
     assert not engine.samplings
+
+
+LATE = Conversation.from_turns(("user", "a"), ("system", "Be brief."), ("user", "b"), ("system", "Be kind."))
+
+
+def test_system_messages_stay_where_they_are_if_the_template_renders_them_there(tiny_template: Template) -> None:
+    assert tiny_template.renders_any_system
+    assert arrange_system(tiny_template, LATE) == LATE
+
+
+def test_system_messages_become_one_at_the_start_for_a_template_that_takes_no_others(tiny_tokenizer: Any) -> None:
+    template = Template.load(tiny_tokenizer, "llama-2")
+    assert not template.renders_any_system
+    whole = Conversation.from_turns(("system", "Be brief.\n\nBe kind."), ("user", "a"), ("user", "b"))
+    assert arrange_system(template, LATE) == whole
+    alone = Conversation.from_turns(("system", "Say hello."))
+    assert not template.renders_system_alone
+    assert arrange_system(template, alone) == Conversation.from_turns(("user", "Say hello."))
+    usual = Conversation.from_turns(("system", "Be brief."), ("user", "a"))
+    assert arrange_system(template, usual) == usual
+
+
+def test_later_system_messages_and_one_alone_are_answered(serve: Serve) -> None:
+    server = serve("Hello")
+    for messages in ([*ASKED, {"role": "system", "content": "Be brief."}], [{"role": "system", "content": "Hi."}]):
+        assert server.chat(messages=messages)[0] == 200
+
+
+def test_an_answer_that_was_begun_is_continued_after_the_examples_of_the_model(
+    tiny_template: Template, serve: Serve
+) -> None:
+    engine = Candidates(tiny_template)
+    answerer = Answerer(engine, tiny_template, prompting=Prompting(EXAMPLES, 2, reasoning=True))
+    client = serve(ServedModel(answerer, "m")).client
+    chat(client, max_tokens=16)
+    chat(client, max_tokens=16, messages=[*ASKED, {"role": "assistant", "content": "Two"}])
+    asked, begun = engine.prompts
+    assert begun[: len(asked)] == asked
+    assert tiny_template.decode(begun[len(asked) :]) == "Two"
 
 
 def test_answers_without_max_tokens_are_bounded_by_the_servers_limit(tiny_template: Template, serve: Serve) -> None:

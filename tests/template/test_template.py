@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template import Template, rendering
+from corral.template.template import shipped_templates
 from tests.template.real import POLITE
 
 STOCK = POLITE.replace("Be polite.", "Be brief.")
@@ -252,6 +253,26 @@ def test_a_conversation_that_cannot_be_asked_is_refused_with_a_reason(
 ) -> None:
     with pytest.raises(TemplateError, match=reason):
         chatml.prompt(talk)
+
+
+# The tiny tokenizer has not the special tokens of the others.
+@pytest.mark.parametrize(
+    "name", sorted(name for name in shipped_templates() if not name.startswith(("llama-3", "llama-4")))
+)
+@pytest.mark.parametrize("begun", ["Two plus", "e", "a <|im_end|> b", " Two  ", "Zwei\n\n"])
+def test_an_answer_is_continued_where_its_text_ends_as_if_the_model_had_written_it(
+    name: str, begun: str, tiny_tokenizer: Any
+) -> None:
+    template = Template.load(tiny_tokenizer, name)
+    asked = Conversation.from_turns(("user", "What is two plus two?"))
+    prompt, ids = template.prompt(asked), template.continuation(asked.add("assistant", begun))
+    assert ids[: len(prompt)] == prompt
+    text = template.decode(ids)[len(template.decode(prompt)) :]
+    assert text in {before + form for before in ("", " ") for form in (begun, begun.rstrip(), begun.strip())}
+    if begun == begun.strip():
+        whole = template.encode(asked.add("assistant", begun)).ids
+        assert list(whole[: len(ids)]) == ids, "what follows is the end that the template writes"
+    assert template.continuation(asked.add("assistant", " \n")) == prompt
 
 
 @pytest.mark.parametrize(("spec", "words"), [("chatlm", "chatml"), ("tokenizer", "name a template")])
