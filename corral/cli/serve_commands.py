@@ -78,6 +78,7 @@ def serve(args: argparse.Namespace) -> None:
     from corral.serving.admission import ServerLimits
     from corral.serving.database import default_url
     from corral.serving.model_loading import ModelOptions
+    from corral.serving.protocol import RequestLimits
     from corral.serving.server import ListenOptions
     from corral.serving.server import serve as listen
 
@@ -92,6 +93,7 @@ def serve(args: argparse.Namespace) -> None:
             embeddings=settings.embeddings,
             follow=settings.follow,
             adapters=Path(settings.adapters) if settings.adapters is not None else None,
+            limits=RequestLimits(strict=settings.strict),
         ),
         ListenOptions(
             settings.host,

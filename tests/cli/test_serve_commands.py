@@ -17,6 +17,7 @@ from corral.serving.admission import ServerLimits
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore, KeyUsage, hash_key, today
 from corral.serving.model_loading import ModelOptions
+from corral.serving.protocol import RequestLimits
 from corral.serving.store import ConversationStore, Item, ItemRow, Page
 from tests.answering.test_settings import write_run
 
@@ -127,14 +128,12 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
-    command += (
-        " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
-    )
+    command += " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none --strict"
     command += " --allowed-host * --root-path /llm --log-level error --keep-alive 80"
     assert main(command.split()) == 0
     urls = ("http://x/v1", "http://y/v1")
     assert received == [
-        ModelOptions(["a", "b=runs/c"], "remote", urls, embeddings=True),
+        ModelOptions(["a", "b=runs/c"], "remote", urls, embeddings=True, limits=RequestLimits(strict=True)),
         server.ListenOptions("::1", 1, True, ("https://a.example",), ("*",), "/llm", "error", Path("k")),
         ServerLimits(at_once=3, waiting=0, max_seconds=1.5, keep_alive_seconds=80),
         None,
