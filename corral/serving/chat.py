@@ -35,6 +35,7 @@ from corral.serving.protocol import (
 )
 from corral.serving.request_fields import StrictModel
 from corral.serving.streams import DONE, Event, error_event
+from corral.template import Template
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}
 _CHARACTERS_PER_LOGPROB = 50  # rough cost of encoding one, to decide whether to use a thread
@@ -173,6 +174,19 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob] = []
 
 
+def token_logprob(template: Template, token: Token) -> TokenLogprob:
+    """A generated token by its text, with the most likely ones."""
+    own = _named(template, token.id, token.logprob)
+    tops = [_named(template, id_, logprob) for id_, logprob in token.top]
+    return TokenLogprob(token=own.token, bytes=own.bytes, logprob=own.logprob, top_logprobs=tops)
+
+
+def _named(template: Template, id_: int, logprob: float) -> TopLogprob:
+    data = template.token_bytes[id_]
+    name = data.decode("utf-8", "replace") or str(template.tokenizer.convert_ids_to_tokens(id_))
+    return TopLogprob(token=name, bytes=[*data] or None, logprob=max(logprob, IMPOSSIBLE_LOGPROB))
+
+
 class Logprobs(BaseModel):
     """The tokens of an answer."""
 
@@ -305,7 +319,9 @@ class ChatHandler:
         )
         if not (answer.tokens and self._request.logprobs):
             return choice.model_dump_json()
-        content = json_list(self._token_logprob(token).model_dump_json() for token in answer.tokens[source])
+        content = json_list(
+            token_logprob(self._served.answerer.template, token).model_dump_json() for token in answer.tokens[source]
+        )
         return json_with(choice, logprobs=json_with(Logprobs(content=[]), content=content))
 
     def _choices(self, delta: TextDelta) -> list[ChunkChoice]:
@@ -313,7 +329,9 @@ class ChatHandler:
         if delta.text or delta.tokens:
             logprobs = None
             if self._request.logprobs:
-                logprobs = Logprobs(content=[self._token_logprob(token) for token in delta.tokens])
+                logprobs = Logprobs(
+                    content=[token_logprob(self._served.answerer.template, token) for token in delta.tokens]
+                )
             text = {"content": delta.text}
             choices.append(ChunkChoice(index=delta.choice, delta=text, logprobs=logprobs, finish_reason=None))
         if delta.finish is not None:
@@ -333,17 +351,6 @@ class ChatHandler:
         )
         # As OpenAI, send `usage` (null in all chunks but the last) only if the client asked for it.
         return Event(chunk.model_dump_json(exclude=None if self._request.wants_usage else {"usage"}))
-
-    def _token_logprob(self, token: Token) -> TokenLogprob:
-        own = self._named(token.id, token.logprob)
-        tops = [self._named(id_, logprob) for id_, logprob in token.top]
-        return TokenLogprob(token=own.token, bytes=own.bytes, logprob=own.logprob, top_logprobs=tops)
-
-    def _named(self, id_: int, logprob: float) -> TopLogprob:
-        template = self._served.answerer.template
-        data = template.token_bytes[id_]
-        name = data.decode("utf-8", "replace") or str(template.tokenizer.convert_ids_to_tokens(id_))
-        return TopLogprob(token=name, bytes=[*data] or None, logprob=max(logprob, IMPOSSIBLE_LOGPROB))
 
 
 def build_conversation(

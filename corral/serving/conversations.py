@@ -12,7 +12,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from corral.serving.clients import Client
-from corral.serving.errors import Refused, server_full
+from corral.serving.errors import server_full
+from corral.serving.request_fields import report
 from corral.serving.response_store import call_store
 from corral.serving.responses_protocol import (
     ConversationObject,
@@ -47,16 +48,9 @@ async def _client(request: Request) -> Client:
     return Client.of(request)
 
 
-async def _refuse_query(request: Request) -> None:
-    """Refuse any query parameter."""
-    for name in request.query_params:
-        raise Refused(400, f"{name!r} is not a parameter of this route", param=name, code="unknown_parameter")
-
-
 Owner = Annotated[str, Depends(_owner)]
 Sender = Annotated[Client, Depends(_client)]
 Paged = Annotated[PageQuery, Query()]
-NO_QUERY = [Depends(_refuse_query)]
 
 
 async def read_store(call: Callable[[], BaseModel]) -> Response:
@@ -65,11 +59,12 @@ async def read_store(call: Callable[[], BaseModel]) -> Response:
 
 
 def _add_conversations(router: APIRouter, conversations: ConversationStore) -> None:
-    @router.post("/conversations", dependencies=NO_QUERY)
+    @router.post("/conversations")
     async def create(body: CreateConversation, owner: Owner, client: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
         items = [message.item for message in body.items or ()]
         created = await call_store(conversations.create, owner, body.metadata or {}, items, client.id)
-        return client.introduce(json_response(ConversationObject.from_stored(created)))
+        response = client.introduce(json_response(ConversationObject.from_stored(created)))
+        return report(body.notes, response)
 
     @router.get("/conversations")
     async def all_(page: Paged, owner: Owner, client: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -79,17 +74,17 @@ def _add_conversations(router: APIRouter, conversations: ConversationStore) -> N
             )
         )
 
-    @router.get("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    @router.get("/conversations/{conversation_id}")
     async def one(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         stored = await call_store(conversations.get, owner, conversation_id)
         return json_response(ConversationObject.from_stored(stored))
 
-    @router.post("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    @router.post("/conversations/{conversation_id}")
     async def update(conversation_id: str, body: UpdateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         updated = await call_store(conversations.update, owner, conversation_id, body.metadata or {})
-        return json_response(ConversationObject.from_stored(updated))
+        return report(body.notes, json_response(ConversationObject.from_stored(updated)))
 
-    @router.delete("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    @router.delete("/conversations/{conversation_id}")
     async def delete(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         await call_store(conversations.delete, owner, conversation_id)
         return json_response(DeletedObject(id=conversation_id, object="conversation.deleted"))
@@ -97,7 +92,7 @@ def _add_conversations(router: APIRouter, conversations: ConversationStore) -> N
     exporting: Counter[str] = Counter()
 
     async def count_export(owner: Owner) -> AsyncGenerator[None]:
-        if exporting[owner] >= _EXPORTS_OF_OWNER or exporting.total() >= _EXPORTS:
+        if (owner and exporting[owner] >= _EXPORTS_OF_OWNER) or exporting.total() >= _EXPORTS:
             raise server_full(f"{exporting.total()} conversations are being exported", retry_seconds=1)
         exporting[owner] += 1
         try:
@@ -107,7 +102,7 @@ def _add_conversations(router: APIRouter, conversations: ConversationStore) -> N
             if not exporting[owner]:
                 del exporting[owner]
 
-    @router.get("/conversations/{conversation_id}/export", dependencies=[*NO_QUERY, Depends(count_export)])
+    @router.get("/conversations/{conversation_id}/export", dependencies=[Depends(count_export)])
     async def export(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         stored = await call_store(conversations.get, owner, conversation_id)
         headers = {"content-disposition": f'attachment; filename="{stored.id}.json"'}
@@ -117,14 +112,14 @@ def _add_conversations(router: APIRouter, conversations: ConversationStore) -> N
 def _add_items(router: APIRouter, conversations: ConversationStore) -> None:
     path = "/conversations/{conversation_id}/items"
 
-    @router.post(path, dependencies=NO_QUERY)
+    @router.post(path)
     async def add(conversation_id: str, body: CreateItems, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         def add_items() -> ListObject:
             items = [message.item for message in body.items]
             conversations.add_items(owner, conversation_id, items)
             return ListObject.from_items(items)
 
-        return await read_store(add_items)
+        return report(body.notes, await read_store(add_items))
 
     @router.get(path)
     async def all_(conversation_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -132,11 +127,11 @@ def _add_items(router: APIRouter, conversations: ConversationStore) -> None:
             lambda: ListObject.from_items(*conversations.list_items(owner, conversation_id, page.page))
         )
 
-    @router.get(path + "/{item_id}", dependencies=NO_QUERY)
+    @router.get(path + "/{item_id}")
     async def one(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         return await read_store(lambda: ItemObject.from_item(conversations.get_item(owner, conversation_id, item_id)))
 
-    @router.delete(path + "/{item_id}", dependencies=NO_QUERY)
+    @router.delete(path + "/{item_id}")
     async def delete(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         stored = await call_store(conversations.delete_item, owner, conversation_id, item_id)
         return json_response(ConversationObject.from_stored(stored))

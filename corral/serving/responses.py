@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
+from corral.answering.answerer import Answerer, Token
 from corral.engines.base import Finish
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.serving import conversations
 from corral.serving.accounts import Reserve, reserve_any
 from corral.serving.admission import Admission
-from corral.serving.conversations import NO_QUERY, Owner, Paged, read_store
+from corral.serving.chat import token_logprob
+from corral.serving.conversations import Owner, Paged, read_store
 from corral.serving.database import Database
 from corral.serving.errors import Refused
 from corral.serving.generation import (
     RunningAnswer,
+    arrange_system,
     build_sampling,
     check_conversation,
     check_message_count,
@@ -37,7 +41,8 @@ from corral.serving.generation import (
     translate_errors,
 )
 from corral.serving.models import ServedModel, ServedModels
-from corral.serving.protocol import Usage
+from corral.serving.protocol import Usage, json_list, json_with
+from corral.serving.request_fields import report
 from corral.serving.response_store import LEASE_SECONDS, Lease, PendingResponse, ResponseStore, call_store
 from corral.serving.responses_protocol import (
     DeletedObject,
@@ -53,6 +58,7 @@ from corral.serving.responses_protocol import (
 )
 from corral.serving.store import ConversationStore, Item, new_id
 from corral.serving.streams import Event, json_response
+from corral.template import Template
 
 
 async def start_response(
@@ -81,7 +87,7 @@ async def start_response(
     lease = Lease(store, pending)
     history = await lease.acquire(response.stored_body)
     try:
-        conversation = build_conversation(request.instructions, [*history, *pending.inputs])
+        conversation = build_conversation(request.instructions, history, pending.inputs)
         if request.truncation == "auto":
             conversation = await _truncate_to_fit(served, conversation, request.max_output_tokens)
         answer = await start_answer(
@@ -90,16 +96,25 @@ async def start_response(
     except BaseException:
         await lease.discard()
         raise
-    return ResponsesHandler(response, answer, lease)
+    return ResponsesHandler(response, answer, lease, served.answerer if request.wants_logprobs else None)
 
 
 class ResponsesHandler:
-    """A Responses request that is being answered, from `start_response`; see `RequestHandler`."""
+    """A Responses request that is being answered, from `start_response`; see `RequestHandler`.
 
-    def __init__(self, response: ResponseObject, answer: RunningAnswer, lease: Lease) -> None:
+    Log-probabilities come with the text as it is streamed, or else with the response; its last events repeat the text alone.
+
+    Args:
+        logprobs: names the tokens of log-probabilities; None: there are none.
+    """
+
+    def __init__(
+        self, response: ResponseObject, answer: RunningAnswer, lease: Lease, logprobs: Answerer | None
+    ) -> None:
         self._response = response
         self._answer = answer
         self._lease = lease
+        self._logprobs = logprobs
         self._item_id = new_id("msg")
         self._text = ""
         """The text sent so far."""
@@ -111,11 +126,14 @@ class ResponsesHandler:
         """Tokens so far, of all candidates."""
         return self._answer.usage
 
-    async def result(self) -> ResponseObject:
-        """The complete, stored response. Raises: Refused (the engine or the store failed)."""
+    async def result(self) -> ResponseObject | str:
+        """The complete, stored response; with log-probabilities its JSON. Raises: Refused (the engine or store failed)."""
         try:
             answer = await self._answer.result()
-            return await self._complete(answer.text, answer.finish)
+            done = await self._complete(answer.text, answer.finish)
+            if self._logprobs is None or not answer.tokens:
+                return done
+            return await asyncio.to_thread(_with_logprobs, done, self._logprobs.template, answer.tokens[answer.winner])
         except Refused as refused:
             await self._fail(refused)
             raise
@@ -123,7 +141,7 @@ class ResponsesHandler:
             await self._cancel_unfinished()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """OpenAI's events; the last one contains the complete response. Raises: Refused (the answer or the store failed)."""
+        """OpenAI's events; the last one contains the complete response. Raises: Refused (the engine or the store failed)."""
         try:
             yield self._event("response.created", response=self._response)
             yield self._event("response.in_progress", response=self._response)
@@ -134,9 +152,10 @@ class ResponsesHandler:
             finish: Finish = "cancelled"
             async with contextlib.aclosing(self._answer.deltas()) as deltas:
                 async for delta in deltas:
-                    if delta.text:
+                    if delta.text or (self._logprobs and delta.tokens):
                         self._text += delta.text
-                        yield self._event("response.output_text.delta", **position, delta=delta.text, logprobs=[])
+                        logprobs = self._delta_logprobs(delta.tokens)
+                        yield self._event("response.output_text.delta", **position, delta=delta.text, logprobs=logprobs)
                     finish = delta.finish or finish
             done = await self._complete(self._text, finish)
             part = OutputTextPart(text=self._text)
@@ -151,11 +170,11 @@ class ResponsesHandler:
             await self._cancel_unfinished()
 
     def error_event(self, refused: Refused) -> Event:
-        """The failed response, with the text that was sent."""
-        self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
-        item = self._partial_item()
-        output = [ItemObject.from_item(item)] if item else []
-        return self._event("response.failed", response=self._response.model_copy(update={"output": output}))
+        """The failed response; or an error, if the request ended early: then what was sent is stored as cancelled."""
+        if self._response.status == "failed":
+            return self._event("response.failed", response=self._response)
+        detail = refused.body().error
+        return self._event("error", code=detail.code, message=detail.message, param=detail.param)
 
     def cancel(self) -> None:
         """Stop the work and release the lease; does nothing if that is done."""
@@ -179,8 +198,10 @@ class ResponsesHandler:
     async def _fail(self, refused: Refused) -> None:
         """Store the response as failed. Text that was sent stays in it, but not in the conversation."""
         self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
+        item = self._partial_item()
         with contextlib.suppress(Refused):  # the store may be what failed
-            await self._lease.finish(self._response.stored_body, self._partial_item(), is_kept=False)
+            await self._lease.finish(self._response.stored_body, item, is_kept=False)
+        self._response = self._response.model_copy(update={"output": [ItemObject.from_item(item)] if item else []})
 
     async def _cancel_unfinished(self) -> None:
         if self._lease.is_closed:
@@ -198,6 +219,11 @@ class ResponsesHandler:
     def _partial_item(self) -> Item | None:
         return Item(self._item_id, "assistant", (self._text,), "incomplete") if self._text else None
 
+    def _delta_logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        if self._logprobs is None:
+            return []
+        return [token_logprob(self._logprobs.template, token).model_dump() for token in tokens]
+
     def _event(self, type_: str, **fields: Any) -> Event:
         data: dict[str, Any] = {"type": type_, "sequence_number": self._events_sent}
         for name, value in fields.items():
@@ -206,16 +232,29 @@ class ResponsesHandler:
         return Event(json.dumps(data), type_)
 
 
+def _with_logprobs(response: ResponseObject, template: Template, tokens: Sequence[Token]) -> str:
+    """The JSON of a response with the log-probabilities of its answer."""
+    item = response.output[0]
+    logprobs = json_list(token_logprob(template, token).model_dump_json() for token in tokens)
+    content = json_list([json_with(item.content[0], logprobs=logprobs)])
+    return json_with(response, output=json_list([json_with(item, content=content)]))
+
+
 async def _truncate_to_fit(served: ServedModel, conversation: Conversation, max_tokens: int | None) -> Conversation:
     """Drop as many of the oldest turns as necessary to leave room for the answer.
 
-    The system message and the last question stay, even if they do not fit.
+    Leading system messages and the last question stay, even if they do not fit.
     """
+    if max_tokens is not None:
+        max_tokens = min(max_tokens, served.limits.max_tokens)
+        max_tokens = max_tokens if max_tokens < served.context else None
     if await _fits(served, conversation, max_tokens):
         return conversation
     messages = conversation.messages
-    head = messages[:1] if messages[0].role == "system" else ()
+    head = tuple(itertools.takewhile(lambda message: message.role == "system", messages))
     starts = [i for i, message in enumerate(messages) if message.role == "user"]
+    if not starts:
+        return conversation
     low, high = 0, len(starts) - 1
     while low < high:
         middle = (low + high) // 2
@@ -233,7 +272,7 @@ async def _fits(served: ServedModel, conversation: Conversation, max_tokens: int
         return False
     with translate_errors():
         try:
-            ids = await served.answerer.encode_prompt(conversation)
+            ids = await served.answerer.encode_prompt(arrange_system(served.answerer.template, conversation))
         except TemplateError as error:
             raise Refused(400, error.what, param="input") from error
     try:
@@ -257,23 +296,30 @@ def build_router(
     return router
 
 
+async def _refuse_stream(request: Request) -> None:
+    """What is stored is not streamed; other query parameters change nothing."""
+    if request.query_params.get("stream", "false").lower() not in ("false", "0"):
+        raise Refused(400, "'stream': what is stored is not streamed", param="stream", code="unsupported_parameter")
+
+
 def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseStore, admission: Admission) -> None:
-    @router.post("/responses", dependencies=NO_QUERY)
+    @router.post("/responses")
     async def respond(body: ResponsesRequest, owner: Owner, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
-        return await admission.handle(
+        response = await admission.handle(
             request,
             lambda reserve: start_response(served, responses, owner, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),
         )
+        return report(body.notes, response)
 
-    @router.get("/responses/{response_id}", dependencies=NO_QUERY)
+    @router.get("/responses/{response_id}", dependencies=[Depends(_refuse_stream)])
     async def response(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         return await read_store(lambda: ResponseObject.from_stored(responses.get(owner, response_id)))
 
-    @router.delete("/responses/{response_id}", dependencies=NO_QUERY)
+    @router.delete("/responses/{response_id}")
     async def delete(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
         await call_store(responses.delete, owner, response_id)
         return json_response(DeletedObject(id=response_id, object="response.deleted"))

@@ -5,32 +5,33 @@ Text is the only supported content, and messages are the only supported items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from corral.engines.base import Sampling
+from corral.engines.base import MAX_ALTERNATIVES, Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
+from corral.serving.chat import TokenLogprob
 from corral.serving.errors import Refused
 from corral.serving.protocol import (
     DEFAULT_LIMITS,
+    NO_FORMS,
     ConsensusResult,
     ConversationRequest,
-    IgnoredObject,
-    MustBeEmpty,
-    MustBeNull,
-    MustBeZero,
-    StrictModel,
+    GenerationRequest,
+    Length,
     Usage,
-    unsupported_except,
 )
+from corral.serving.request_fields import RequestBody, StrictModel
 from corral.serving.response_store import StoredResponse
 from corral.serving.store import Item, Page, Role, StoredConversation
 
 _MAX_PAIRS = 16
+_MAX_ITEMS = 20
+_LOGPROBS = "message.output_text.logprobs"
 
 
 def _limit_pairs(value: Any) -> Any:
@@ -47,17 +48,15 @@ Metadata: TypeAlias = Annotated[
 ]
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 
-_MAX_ITEMS = 20
-
 
 class InputText(StrictModel):
     """A part of a message. The types are equivalent."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    # Fields of a response's part, for clients that send it back unchanged.
-    annotations: MustBeEmpty = None
-    logprobs: MustBeEmpty = None
+    # Fields of a response's part, for clients that send it back.
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {"annotations": ([],)}
+    ignored = frozenset({"logprobs", "cache_control"})
 
 
 class InputMessage(StrictModel):
@@ -66,10 +65,8 @@ class InputMessage(StrictModel):
     type: Literal["message"] = "message"
     role: Role
     content: str | Annotated[list[InputText], Field(max_length=DEFAULT_LIMITS.parts, fail_fast=True)]
-    # Fields of an item, for clients that send it back unchanged.
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: MustBeNull = None
+    # Fields of an item, for clients that send it back.
+    ignored = frozenset({"id", "status", "phase", "name"})
 
     @property
     def item(self) -> Item:
@@ -78,79 +75,109 @@ class InputMessage(StrictModel):
         return Item.new(self.role, texts)
 
 
+class ReasoningItem(StrictModel):
+    """What another model thought, sent back with its answers; it changes nothing."""
+
+    type: Literal["reasoning"]
+    ignored = frozenset({"id", "status", "summary", "content", "encrypted_content"})
+
+
 class ConversationId(StrictModel):
     """A conversation by its id."""
 
     id: str
 
 
-class ResponsesRequest(ConversationRequest):
-    """`POST /v1/responses`. `consensus`, `stop`, `seed` and `top_k` are extensions."""
+class TextOptions(StrictModel):
+    """The form of the answer, which is text."""
 
-    input: str | Annotated[list[InputMessage], Field(max_length=DEFAULT_LIMITS.messages, fail_fast=True)] | None = None
-    """May be left out if the conversation ends with the user's message."""
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {"format": ({"type": "text"}, {})}
+    why: ClassVar[Mapping[str, str]] = {"format": NO_FORMS}
+    ignored = frozenset({"verbosity"})
+
+
+class ResponsesRequest(ConversationRequest):
+    """`POST /v1/responses`. `consensus`, `stop`, `seed` and what else OpenAI's lacks are extensions."""
+
+    input: (
+        str
+        | Annotated[list[InputMessage | ReasoningItem], Field(max_length=DEFAULT_LIMITS.messages, fail_fast=True)]
+        | None
+    ) = None
+    """May be left out if the conversation ends with the user's message, or there are instructions alone."""
     instructions: str | None = None
     conversation: str | ConversationId | None = None
     previous_response_id: str | None = None
+    n: int | None = Field(None, ge=1, le=1)
     store: bool | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: Length = Field(None, ge=1)
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
-    user: str | None = None
-    n: Annotated[Any, unsupported_except(None, 1)] = None
+    include: list[str] | None = Field(None, max_length=_MAX_ITEMS, fail_fast=True)
+    """Log-probabilities are returned if it names them; anything else that OpenAI adds to a response is not there to add."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    text: TextOptions | None = None
 
-    # Accepted without effect.
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: IgnoredObject = None
-    service_tier: str | None = None
-    parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = None
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **GenerationRequest.only,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "background": (False,),
+        "prompt": (),
+        "context_management": ([],),
+        "image": (),
+    }
+    ignored = GenerationRequest.ignored | {
+        *("reasoning", "service_tier", "parallel_tool_calls", "max_tool_calls", "safety_identifier", "moderation"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "access_programs", "prewarm"),
+    }
+    renamed: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(GenerationRequest.renamed, "max_output_tokens"),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+        "repeat_penalty": "repetition_penalty",
+    }
 
-    # Unsupported, except for values that change nothing.
-    background: Annotated[Any, unsupported_except(None, False)] = None
-    include: MustBeEmpty = None
-    tools: MustBeEmpty = None
-    tool_choice: Annotated[Any, unsupported_except(None, "none", "auto")] = None
-    text: Annotated[Any, unsupported_except(None, {}, {"format": {"type": "text"}})] = None
-    reasoning: Annotated[Any, unsupported_except(None, {}, {"effort": "none"}, {"effort": None})] = None
-    top_logprobs: MustBeZero = None
-    prompt: MustBeNull = None
-    moderation: MustBeNull = None
-    context_management: MustBeEmpty = None
-    access_programs: MustBeNull = None
-    image: MustBeNull = None
+    @classmethod
+    def spread(cls, sent: dict[str, Any]) -> dict[str, Any]:
+        """Tools that may not be called change nothing."""
+        sent = super().spread(sent)
+        return {**sent, "tools": None} if sent.get("tool_choice") == "none" else sent
 
     @property
     def items(self) -> tuple[Item, ...]:
         """The input, as items with new ids."""
-        if self.input is None:
-            return ()
         if isinstance(self.input, str):
             return (Item.new("user", [self.input]),)
-        return tuple(message.item for message in self.input)
+        return tuple(message.item for message in self.input or () if isinstance(message, InputMessage))
 
     @property
     def conversation_id(self) -> str | None:
         """The id of the conversation, if one is given."""
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
+    @property
+    def top_logprob_count(self) -> int:  # noqa: D102 (see GenerationRequest)
+        return self.top_logprobs or 0
 
-class CreateConversation(StrictModel):
+    @property
+    def wants_logprobs(self) -> bool:  # noqa: D102
+        return _LOGPROBS in (self.include or ()) or self.top_logprob_count > 0
+
+
+class CreateConversation(RequestBody):
     """`POST /v1/conversations`."""
 
     metadata: Metadata | None = None
     items: Annotated[list[InputMessage], Field(max_length=_MAX_ITEMS, fail_fast=True)] | None = None
 
 
-class UpdateConversation(StrictModel):
+class UpdateConversation(RequestBody):
     """`POST /v1/conversations/{id}`: replaces the metadata, of which `title` is for people."""
 
     metadata: Metadata | None
 
 
-class CreateItems(StrictModel):
+class CreateItems(RequestBody):
     """`POST /v1/conversations/{id}/items`."""
 
     items: list[InputMessage] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
@@ -184,7 +211,8 @@ class OutputTextPart(BaseModel):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
+    """Of a new answer; they are not stored."""
 
 
 class ItemObject(BaseModel):
@@ -318,14 +346,13 @@ class ResponseObject(BaseModel):
     top_p: float
     truncation: Literal["auto", "disabled"] = "disabled"
     store: bool = True
-    user: str | None = None
     background: Literal[False] = False
     parallel_tool_calls: bool = True
     reasoning: dict[str, None] = {"effort": None, "summary": None}
     text: dict[str, dict[str, str]] = {"format": {"type": "text"}}
     tool_choice: Literal["auto"] = "auto"
     tools: list[Any] = []
-    top_logprobs: Literal[0] = 0
+    top_logprobs: int = 0
 
     @classmethod
     def from_request(
@@ -346,7 +373,7 @@ class ResponseObject(BaseModel):
             top_p=sampling.top_p,
             truncation=request.truncation or "disabled",
             store=request.store is not False,
-            user=request.user,
+            top_logprobs=request.top_logprob_count,
         )
 
     @classmethod
@@ -366,19 +393,20 @@ class ResponseObject(BaseModel):
         return self.model_dump(exclude={"output"})
 
 
-def build_conversation(instructions: str | None, items: Sequence[Item]) -> Conversation:
-    """Build the conversation to answer. Raises: Refused (the last message is not the user's; a late system message)."""
-    turns: list[tuple[PlainRole, str]] = []
+def build_conversation(instructions: str | None, history: Sequence[Item], inputs: Sequence[Item]) -> Conversation:
+    """Build the conversation to answer; an assistant's message at the end of the input is continued.
+
+    Raises: Refused (there is nothing to answer).
+    """
+    items = (*history, *inputs)
+    turns: list[tuple[PlainRole, str]] = [(_plain_role(item.role), item.text) for item in items]
     if instructions:
-        turns.append(("system", instructions))
-    for item in items:
-        role = _plain_role(item.role)
-        if role == "system" and turns:
-            what = "only the first message may be a system message; 'instructions' count as one"
-            raise Refused(400, f"'input': {what}", param="input")
-        turns.append((role, item.text))
-    if not turns or turns[-1][0] != "user":
-        raise Refused(400, "'input': the last message must be the user's", param="input")
+        turns.insert(0, ("system", instructions))
+    if not turns or (items and not inputs and items[-1].role == "assistant"):
+        what = (
+            "the last message is the model's own" if turns else "there is no message, and there are no 'instructions'"
+        )
+        raise Refused(400, f"'input': there is nothing to answer: {what}", param="input")
     return Conversation.from_turns(*turns)
 
 

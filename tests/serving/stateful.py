@@ -42,7 +42,9 @@ def echo_engine(template: Template, *, delay_seconds: float = 0.0, context: int 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
         return [id_ for id_ in ids if id_ not in special]
 
-    features = Features(max_length=context, vocabulary=2**20, logprobs=True, score=True)
+    features = Features(
+        max_length=context, vocabulary=2**20, logprobs=True, score=True, honours=frozenset({"top_logprobs"})
+    )
     return ScriptedEngine(reply, features=features, delay_seconds=delay_seconds)
 
 

@@ -26,12 +26,12 @@ def client(serve: Serve, database_url: str) -> openai.OpenAI:
 
 def test_a_response_repeats_its_settings_and_can_be_retrieved_and_deleted(client: openai.OpenAI) -> None:
     response = client.responses.create(
-        **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
+        **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}
     )
     assert response.output_text == f"system\nBe kind.\n{echoed('Hello')}"
     assert (response.object, response.status, response.model, response.error) == ("response", "completed", "m", None)
     assert (response.temperature, response.top_p, response.max_output_tokens) == (0.5, 0.9, 400)
-    assert (response.instructions, response.metadata, response.user) == ("Be kind.", {"a": "b"}, "me")
+    assert (response.instructions, response.metadata) == ("Be kind.", {"a": "b"})
     assert response.usage
     assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
     assert response.usage.output_tokens > 0
@@ -110,12 +110,11 @@ def test_store_false_keeps_no_response_and_continues_the_conversation(client: op
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown field": ({"frobnicate": 1}, "frobnicate"),
     "tools": ({"tools": [{"type": "web_search"}]}, "tools"),
     "a form of text": ({"text": {"format": {"type": "json_object"}}}, "text"),
     "in the background": ({"background": True}, "background"),
-    "reasoning": ({"reasoning": {"effort": "high"}}, "reasoning"),
-    "log-probabilities": ({"include": ["message.output_text.logprobs"]}, "include"),
+    "a tool that must be called": ({"tool_choice": "required"}, "tool_choice"),
+    "too many log-probabilities": ({"top_logprobs": 21}, "top_logprobs"),
     "a stored prompt": ({"prompt": {"id": "p"}}, "prompt"),
     "several answers": ({"n": 2}, "n"),
     "no number": ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -126,11 +125,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a tool's output": ({"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]}, "input[0]"),
     "nothing said": ({"input": []}, "input"),
-    "the assistant last": ({"input": [{"role": "assistant", "content": "Hi"}]}, "input"),
-    "two system messages": (
-        {"instructions": "a", "input": [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
-        "input",
-    ),
     "two pasts": ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "previous_response_id"),
 }
 
@@ -142,23 +136,85 @@ def test_unsupported_parameters_are_refused_by_name(client: openai.OpenAI) -> No
         assert str(caught.value.param).startswith(param), case
 
 
-def test_parameters_without_effect_are_accepted(client: openai.OpenAI) -> None:
-    habits: Any = {"tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "service_tier": "auto"}
-    habits |= {
-        "parallel_tool_calls": True,
+def test_parameters_without_effect_are_accepted_and_those_without_a_neutral_value_reported(
+    client: openai.OpenAI,
+) -> None:
+    neutral: Any = {"tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "top_logprobs": 0}
+    neutral |= {
         "include": [],
         "background": False,
         "truncation": "disabled",
-        "top_logprobs": 0,
+        "n": 1,
+        "min_p": 0,
+        "repetition_penalty": 1,
     }
-    assert client.responses.create(**ASK, input="Hi", **habits).output_text == echoed("Hi")
+    neutral |= {"parallel_tool_calls": None, "reasoning": None, "prompt": None, "stop": []}
+    answer = client.responses.with_raw_response.create(**ASK, input="Hi", extra_body=neutral)
+    assert answer.parse().output_text == echoed("Hi")
+    assert "x-corral-ignored" not in answer.headers
+    reported: Any = {"service_tier": "auto", "reasoning": {"effort": "high"}, "prompt_cache_key": "k", "frobnicate": 1}
+    reported |= {"text": {"verbosity": "low"}, "user": "me", "safety_identifier": "s"}
+    more: Any = {"include": ["reasoning.encrypted_content"], "metadata": {"a": "b"}}
+    answer = client.responses.with_raw_response.create(**ASK, input="Hi", extra_body={**reported, **more})
+    assert answer.parse().output_text == echoed("Hi")
+    names = set(answer.headers["x-corral-ignored"].split(", "))
+    assert names == {*reported, "verbosity"} - {"text"}
+
+
+def test_system_messages_may_be_several_or_late_or_alone(client: openai.OpenAI) -> None:
+    mixed: Any = [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]
+    mixed += [{"role": "developer", "content": "d"}, {"role": "user", "content": "e"}]
+    answer = client.responses.create(**ASK, instructions="a", input=mixed)
+    assert answer.output_text == "system\na\nsystem\nb\nuser\nc\nsystem\nd\nuser\ne\nassistant\n"
+    assert "a\n" in client.responses.create(**ASK, instructions="a").output_text
+
+
+def test_an_answer_that_the_client_began_is_continued(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    begun: Any = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One,"}]
+    answer = client.responses.create(**ASK, input=begun, conversation=conversation.id)
+    assert answer.output_text == "user\nCount\nassistant\nOne,"
+    with pytest.raises(openai.BadRequestError, match="nothing to answer"):
+        client.responses.create(**ASK, conversation=conversation.id)
+
+
+def test_reasoning_and_fields_of_items_that_clients_send_back_change_nothing(client: openai.OpenAI) -> None:
+    items: Any = [
+        {"role": "user", "content": "One", "name": "ann"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"},
+        {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "phase": "final_answer"}
+        | {"content": [{"type": "output_text", "text": "1", "annotations": [], "logprobs": [{"token": "1"}]}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Two", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    assert client.responses.create(**ASK, input=items).output_text == echoed("One", "1", "Two")
+
+
+def test_more_tokens_than_there_is_room_for_are_reduced_and_said(client: openai.OpenAI) -> None:
+    answer = client.responses.with_raw_response.create(model="m", input="Hi", max_output_tokens=10**6)
+    assert answer.parse().output_text == echoed("Hi")
+    assert 1000 < int(answer.headers["x-corral-max-tokens"]) <= 8192
+
+
+def test_log_probabilities_come_with_a_response_and_with_the_text_of_a_stream(client: openai.OpenAI) -> None:
+    wish: Any = {**ASK, "input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = client.responses.create(**wish)
+    (part,) = response.output[0].content  # type: ignore[union-attr]
+    assert part.type == "output_text"
+    assert part.logprobs
+    assert b"".join(bytes(token.bytes or []) for token in part.logprobs).decode() == response.output_text
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in part.logprobs)
+    deltas = [event for event in client.responses.create(**wish, stream=True) if event.type.endswith("text.delta")]
+    streamed = [token.logprob for event in deltas for token in event.logprobs]  # type: ignore[union-attr]
+    assert streamed == [token.logprob for token in part.logprobs]
+    stored = client.responses.retrieve(response.id).output[0]
+    assert stored.content[0].logprobs == [], "they are not stored"  # type: ignore[union-attr]
 
 
 def test_a_refused_request_leaves_its_conversation_unlocked_and_unchanged(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
     for _ in range(2):
         with pytest.raises(openai.BadRequestError):
-            client.responses.create(**ASK, input=[{"role": "assistant", "content": "x"}], conversation=conversation.id)
+            client.responses.create(**ASK, input=[], conversation=conversation.id)
     assert list_items(client, conversation.id) == []
     assert client.responses.create(**ASK, input="Hi", conversation=conversation.id).status == "completed"
 
@@ -263,21 +319,26 @@ def test_the_parts_of_a_message_are_bounded(client: openai.OpenAI) -> None:
     assert caught.value.param == "items[0].content"
 
 
-def test_query_parameters_are_validated_and_unknown_ones_refused(client: openai.OpenAI) -> None:
+def test_query_parameters_are_validated_and_those_without_effect_ignored(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
+    response = client.responses.create(**ASK, input="Hi")
     path = f"/conversations/{conversation.id}"
     for address, param in (
         (f"{path}/items?limit=0", "limit"),
         (f"{path}/items?limit=101", "limit"),
         (f"{path}/items?order=up", "order"),
         (f"{path}/items?after=msg_none", "after"),
-        (f"{path}/items?include[]=x", "include[]"),
-        (f"{path}?stream=true", "stream"),
-        ("/conversations?owner=b", "owner"),
+        (f"/responses/{response.id}?stream=true", "stream"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.get(address, cast_to=object)
         assert caught.value.param == param
+    for address in (
+        f"{path}/items?include[]=x",
+        f"{path}?verbose=1",
+        f"/responses/{response.id}?include[]=x&stream=false",
+    ):
+        assert client.get(address, cast_to=object)
 
 
 async def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) -> None:

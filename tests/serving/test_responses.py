@@ -20,6 +20,7 @@ from sqlalchemy import text
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import database as database_module
 from corral.serving import response_store as module
+from corral.serving.admission import Admission, ServerLimits
 from corral.serving.database import Database
 from corral.serving.errors import Refused
 from corral.serving.protocol import RequestLimits
@@ -341,6 +342,17 @@ def test_an_engine_error_fails_the_response_and_keeps_the_conversation(database_
     assert "secret" not in last.response.error.message
     assert client.responses.retrieve(last.response.id) == last.response
     assert list_items(client, conversation.id) == []
+
+
+def test_a_stream_whose_time_is_up_ends_with_an_error_and_keeps_its_text(sqlite: Database, serve: Serve) -> None:
+    server = serve.with_store(Endless().engine, sqlite, Admission(ServerLimits(max_seconds=2)))
+    conversation = server.client.conversations.create()
+    first, *_, last = server.client.responses.create(
+        model="m", input="Go", conversation=conversation.id, stream=True, store=True
+    )
+    assert (last.type, last.code) == ("error", "deadline_exceeded")  # type: ignore[union-attr]
+    assert wait_for(lambda: server.client.responses.retrieve(first.response.id).status == "cancelled")  # type: ignore[union-attr]
+    assert [status for _, status, _ in list_items(server.client, conversation.id)] == ["completed", "incomplete"]
 
 
 def test_deleting_a_conversation_during_its_answer_fails_the_answer(database_url: str, serve: Serve) -> None:
