@@ -53,7 +53,7 @@ class ServerLimits:
     keep_alive_seconds: float = 75
     """From the end of a response to the next request's headers; longer than proxies and clients keep unused connections."""
     stalled_seconds: float = 120
-    """Time without taking any byte of what is sent, after which a client is disconnected; on Linux."""
+    """Time without taking any byte of what is sent, after which a client is disconnected."""
 
     @property
     def max_open(self) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any, cast
@@ -82,25 +85,25 @@ class _Connection(asyncio.BufferedProtocol):
         self._requests = 0
         self._idle_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a request, in the place of another connection if there are too many."""
         self.transport = cast(asyncio.Transport, transport)
-        limits, raw = self._all.limits, transport.get_extra_info("socket")
+        self._socket = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):  # some systems refuse if the client is gone already
             # asyncio sets it only on sockets that it created. Without it, a body waits 40 ms until its head is acknowledged.
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux closes a connection that takes nothing for so long
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.stalled_seconds * 1000))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._all.open.add(self)
         if len(self._all.open) > self._all.most and self._all.idle:
             next(iter(self._all.idle)).abort()
-        self._start_timer(limits.header_seconds)
+        self._start_timer(self._all.limits.header_seconds)
         self._http.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client disconnected, or the connection was closed."""
         self._stop_timer()
+        self._stall_timer = _cancel(self._stall_timer)
         self._all.open.discard(self)
         self._http.connection_lost(exc)
 
@@ -122,11 +125,13 @@ class _Connection(asyncio.BufferedProtocol):
         return self._http.eof_received()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is sent to."""
+        """The client reads more slowly than it is sent to: watch whether it reads at all."""
         self._http.pause_writing()
+        self._abort_if_stalled()
 
     def resume_writing(self) -> None:
         """The client has read."""
+        self._stall_timer = _cancel(self._stall_timer)
         self._http.resume_writing()
 
     @contextlib.contextmanager
@@ -146,6 +151,17 @@ class _Connection(asyncio.BufferedProtocol):
         self._stop_timer()
         self.transport.abort()
 
+    def _abort_if_stalled(self, before: float = float("inf")) -> None:
+        """Abort if the client has taken nothing of so many bytes, else look again later."""
+        pending = self.transport.get_write_buffer_size()
+        with contextlib.suppress(OSError):  # not every system says what it holds itself
+            pending += int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        if pending >= before:
+            self.abort()
+            return
+        seconds = self._all.limits.stalled_seconds
+        self._stall_timer = asyncio.get_running_loop().call_later(seconds, self._abort_if_stalled, pending)
+
     def _start_timer(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self.abort)
         self._all.idle[self] = None
@@ -153,6 +169,9 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _stop_timer(self) -> None:
         self._all.idle.pop(self, None)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer = _cancel(self._timer)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

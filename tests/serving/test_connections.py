@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 
 import pytest
 
@@ -54,7 +55,6 @@ def test_connections_are_opened_with_tcp_nodelay(serve: Serve) -> None:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux does it")
 def test_a_client_that_does_not_read_is_disconnected(serve: Serve) -> None:
     admission = Admission(ServerLimits(stalled_seconds=0.5))
     server = serve(Endless(delay_seconds=0).engine, admission)
@@ -64,6 +64,20 @@ def test_a_client_that_does_not_read_is_disconnected(serve: Serve) -> None:
         assert wait_for(lambda: admission.queue.running == 1)
         assert wait_for(lambda: admission.queue.running == 0)
         assert not server.server.connections.open
+
+
+def test_a_client_that_reads_slowly_is_kept(serve: Serve) -> None:
+    """For three times as long as one that reads nothing, and far behind the engine."""
+    server = serve(Endless(delay_seconds=0).engine, Admission(ServerLimits(stalled_seconds=2)))
+    body = json.dumps({"model": "m", "stream": True, "messages": ASKED, "n": 16, "max_tokens": 8000})
+    with server.connect(receive_buffer=2**16) as raw:
+        raw.sendall((chat_head(f"content-length: {len(body)}") + body).encode())
+        assert wait_for(lambda: bool(server.server.connections.open))
+        (connection,) = server.server.connections.open
+        assert wait_for(lambda: connection.transport.get_write_buffer_size() > 2**16)
+        for _ in range(120):
+            assert raw.recv(2**13)
+            time.sleep(0.05)
 
 
 def test_discarding_a_refused_body_is_bounded_in_bytes(serve: Serve) -> None:
