@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from corral.answering.consensus import Method, StopRule
@@ -67,37 +67,6 @@ MAX_BIASES = 1024
 """Tokens of one `logit_bias`."""
 MAX_ID = 2**31
 """Greater than all token ids and counts of tokens: engines use integers of a fixed size."""
-
-
-@dataclass(frozen=True)
-class _UnsupportedExcept(AfterValidator):
-    """A validator that also appears in the OpenAPI document, as an enum."""
-
-    harmless: tuple[object, ...] = ()
-
-    def __get_pydantic_json_schema__(self, _: object, __: object) -> dict[str, Any]:
-        return {"enum": [*self.harmless]}
-
-
-def unsupported_except(*harmless: object) -> AfterValidator:
-    """Accept values that change nothing, and refuse all others as unsupported."""
-
-    def check(value: object) -> object:
-        if value not in harmless:
-            shown = " or ".join("null" if v is None else repr(v).replace("'", '"') for v in harmless)
-            raise PydanticCustomError(
-                "unsupported", "is not supported by this server: leave it out (or {shown})", {"shown": shown}
-            )
-        return value
-
-    return _UnsupportedExcept(check, harmless)
-
-
-MustBeNull: TypeAlias = Annotated[Any, unsupported_except(None)]
-MustBeEmpty: TypeAlias = Annotated[Any, unsupported_except(None, [], {})]
-MustBeZero: TypeAlias = Annotated[Any, unsupported_except(None, 0)]
-IgnoredObject: TypeAlias = dict[Any, Any] | None
-"""An object whose fields change nothing."""
 
 
 def texts_or_ids(most: int) -> PlainValidator:
