@@ -128,8 +128,10 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
-    command += " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none --strict"
-    command += " --allowed-host * --root-path /llm --log-level error --keep-alive 80"
+    command += (
+        " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
+    )
+    command += " --strict --allowed-host * --root-path /llm --log-level error --keep-alive 80"
     assert main(command.split()) == 0
     urls = ("http://x/v1", "http://y/v1")
     assert received == [

@@ -176,6 +176,22 @@ async def test_a_running_and_a_waiting_request_end_when_their_key_is_revoked(
     assert endless.has_stopped()
 
 
+def test_a_stream_ends_with_the_error_when_its_key_is_revoked(
+    serve: Serve, keys: KeyStore, set_seconds: Callable[..., None]
+) -> None:
+    set_seconds(refresh=0.1)
+    endless, secret = Endless(), keys.add("alice")[1]
+    server = serve(endless.engine, Admission(keys=keys))
+    revoker = threading.Thread(target=lambda: endless.started.wait(30) and keys.revoke("alice"))
+    revoker.start()
+    status, events, _ = server.chat(bearer(secret), stream=True, max_tokens=8000)
+    revoker.join()
+    assert status == 200, "it had begun"
+    assert events[-1]["error"]["code"] == "invalid_api_key"
+    assert all("error" not in event for event in events[:-1])
+    assert endless.has_stopped()
+
+
 async def test_concurrent_requests_of_a_key_are_bounded(serve: Serve, keys: KeyStore) -> None:
     engine, secret = Gated(), keys.add("alice", Quota(at_once=2))[1]
     async with open_client(serve(engine, Admission(keys=keys))) as client:

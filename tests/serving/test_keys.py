@@ -11,7 +11,7 @@ import pytest
 
 from corral.errors import InputError
 from corral.serving.database import Database
-from corral.serving.keys import KeyStore, KeyUsage, Quota, SecretKeys, hash_key
+from corral.serving.keys import KeyStore, KeyUsage, Quota, SecretKeys, hash_key, open_keys
 
 
 @pytest.fixture
@@ -148,6 +148,24 @@ def test_keys_are_read_from_a_file_again_and_again(tmp_path: Path, keys: KeyStor
     assert secrets.all()[0].id == alice.id, "what is hers stays hers"
     secrets.add_usage("2026-01-01", {alice.id: KeyUsage(1, 2, 3), bob.id: KeyUsage(1, 1, 1)})
     assert secrets.usage_on("2026-01-01") == {bob.id: KeyUsage(1, 1, 1)}
+
+
+def test_the_environment_and_a_file_add_to_the_keys_of_a_database(
+    tmp_path: Path, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CORRAL_API_KEYS", raising=False)
+    assert open_keys(None) is None
+    KeyStore(sqlite).add("carol")
+    (tmp_path / "keys").write_text(f"alice={SECRET}")
+    monkeypatch.setenv("CORRAL_API_KEYS", f"bob={SECRET}2")
+    for database, file, names in (
+        (None, None, ["bob"]),
+        (sqlite, None, ["bob", "carol"]),
+        (sqlite, tmp_path / "keys", ["bob", "alice", "carol"]),
+    ):
+        source = open_keys(database, file)
+        assert source is not None
+        assert [key.name for key in source.all()] == names
 
 
 def test_keys_are_read_from_lines_without_a_file_or_a_database() -> None:
