@@ -18,6 +18,10 @@ EMBEDDING_MODEL = "all-minilm-l6-v2"
 MEGABYTE = 2**20
 MOST_CHARACTERS = 2**18
 """Of a prompt, by the server's own limit: the longest that it tokenises."""
+MOST_BYTES = 1_000_000
+"""Of the JSON of a text, so that the body is not too large to be read at all."""
+EMBEDDED = 8_000
+"""Characters of an odd text to embed: each window of it is computed."""
 MANY = 100_000
 
 
@@ -46,7 +50,7 @@ def requests(model: str, scale: float = 1) -> Iterator[Hostile]:
     for name, text in _odd_texts(scale).items():
         yield _post(f"completions: {name}", TEXT, {"model": model, "max_tokens": 1, "prompt": text, "echo": True})
         yield _post(f"responses: {name}", RESPONSES, {"model": model, "max_output_tokens": 1, "input": text})
-        yield _post(f"embeddings: {name}", EMBEDDINGS, {"model": EMBEDDING_MODEL, "input": text})
+        yield _post(f"embeddings: {name}", EMBEDDINGS, {"model": EMBEDDING_MODEL, "input": text[:EMBEDDED]})
         yield _post(f"tokenize: {name}", "/tokenize", {"model": model, "prompt": text})
     for name, input_ in _inputs(scale).items():
         yield _post(f"embeddings: {name}", EMBEDDINGS, {"model": EMBEDDING_MODEL, "input": input_})
@@ -62,7 +66,11 @@ def _ask(content: Any) -> list[dict[str, Any]]:
 
 
 def _post(name: str, path: str, body: Any) -> Hostile:
-    return Hostile(name, "POST", path, json.dumps(body).encode())
+    try:
+        content = json.dumps(body, ensure_ascii=False).encode()  # escapes would make it larger than bodies may be
+    except UnicodeEncodeError:
+        content = json.dumps(body).encode()
+    return Hostile(name, "POST", path, content)
 
 
 def _odd_texts(scale: float) -> dict[str, str]:
@@ -85,7 +93,11 @@ def _odd_texts(scale: float) -> dict[str, str]:
         "zeros": "\0",
         "Chinese": "東京都港区",
     }
-    return {name: (unit * (length // len(unit) + 1))[:length] for name, unit in units.items()}
+    texts: dict[str, str] = {}
+    for name, unit in units.items():
+        characters = min(length, int(MOST_BYTES * scale) // len(json.dumps(unit)) * len(unit))
+        texts[name] = (unit * (characters // len(unit) + 1))[:characters]
+    return texts
 
 
 def _texts(scale: float) -> dict[str, dict[str, Any]]:
@@ -122,7 +134,7 @@ def _settings(model: str, scale: float) -> dict[str, dict[str, Any]]:
         "stop strings of one letter": {"stop": [chr(0x4E00 + i) for i in range(16)], "max_tokens": tokens},
         "100,000 stop strings": {"stop": ["x"] * many},
         "a stop string of 1 MB": {"stop": "x" * int(MEGABYTE * 0.9 * scale)},
-        "100,000 biases": {"logit_bias": {str(i): 1 for i in range(many)}},
+        "80,000 biases": {"logit_bias": {str(i): 1 for i in range(many * 4 // 5)}},
         "100,000 stop ids": {"stop_token_ids": [*range(many)]},
         "100,000 pairs of metadata": {"metadata": {str(i): "x" for i in range(many // 2)}},
         "100,000 unknown fields": {f"field {i}": 1 for i in range(many // 2)},
@@ -159,7 +171,7 @@ def _inputs(scale: float) -> dict[str, Any]:
     many = int(MANY * scale)
     return {
         "1,024 short texts": ["Two plus two is four."] * int(1024 * scale),
-        "32 long texts": ["Two plus two is four. " * int(1500 * scale)] * 32,
+        "8 long texts": ["Two plus two is four. " * int(1400 * scale)] * 8,
         "100,000 texts": ["a"] * many,
         "100,000 empty lists": [[]] * many,
         "100,000 ids": [7] * many,

@@ -103,21 +103,35 @@ async def _start_embeddings(
     inputs: list[Any] = body.input
     texts = all(isinstance(each, str) for each in inputs)
     empty = next((i for i, each in enumerate(inputs) if not each), None)
+    broken = next((i for i, each in enumerate(inputs) if texts and _is_broken(each)), None)
     check_rules(
         (
             (len(inputs) > limits.inputs, "input", f"at most {limits.inputs} texts are embedded at once"),
             (empty is not None, f"input[{empty}]", "an empty text has no meaning to embed"),
+            (broken is not None, f"input[{broken}]", "the text contains half a surrogate pair, which is no character"),
         )
     )
     ids: list[list[int]] = await _run(thread, embed.tokenize, inputs) if texts else inputs
     beyond = next((i for i, each in enumerate(ids) if each and not 0 <= min(each) <= max(each) < VOCABULARY), None)
     windows = [(i, each[at : at + WINDOW]) for i, each in enumerate(ids) for at in range(0, max(1, len(each)), WINDOW)]
-    own = f"ids are those of this model's tokenizer, from 0 to {VOCABULARY - 1}: send text, or the ids of {ASSET!r}"
+    own = (
+        f"ids are those of this model's tokenizer, from 0 to {VOCABULARY - 1}: send text (in LangChain: "
+        f"check_embedding_ctx_length=False), or the ids of {ASSET!r}"
+    )
     most = f"the texts have {sum(map(len, ids))} tokens, and at most {limits.inputs} windows of {WINDOW} are embedded"
     check_rules(((beyond is not None, f"input[{beyond}]", own), (len(windows) > limits.inputs, "input", most)))
     handler = EmbeddingsHandler(embed, thread, body, windows)
     reserve(handler.usage.prompt_tokens, 0)
     return handler
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a text has no UTF-8, because it contains half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class EmbeddingsHandler:
