@@ -118,6 +118,7 @@ class ChatRequest(ConversationRequest):
         "skip_special_tokens": (True,),
         "best_of": (1,),
         "echo": (False,),
+        "return_tokens_as_token_ids": (False,),
     }
     why: ClassVar[Mapping[str, str]] = {
         **GenerationRequest.why,

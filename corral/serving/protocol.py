@@ -164,7 +164,7 @@ class GenerationRequest(RequestBody):
             ("xtc_probability", "smoothing_factor", "dynatemp_range", "no_repeat_ngram_size", "n_probs"), (0,)
         ),
         **dict.fromkeys(("use_beam_search", "early_stopping", "ban_eos_token", "prompt_logprobs"), (False,)),
-        **dict.fromkeys(("include_stop_str_in_output", "return_tokens_as_token_ids"), (False,)),
+        "include_stop_str_in_output": (False,),
         **dict.fromkeys(("negative_prompt", "grammar", "format", "custom_token_bans"), ("",)),
         **dict.fromkeys(("banned_strings", "bad_words", "documents", "allowed_token_ids"), ([],)),
         **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), ()),

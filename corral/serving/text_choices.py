@@ -26,7 +26,8 @@ from corral.template.decoding import StopStringCutter
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`.
 
-    Extensions, named as vLLM's: `return_token_ids`, `ignore_eos`, `add_special_tokens`, and those of every request.
+    Extensions, named as vLLM's: `return_token_ids`, `return_tokens_as_token_ids`, `ignore_eos`, `add_special_tokens`, and
+    those of every request.
     """
 
     prompt: Annotated[Any, texts_or_ids(DEFAULT_LIMITS.prompts)]
@@ -35,6 +36,8 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
     best_of: int | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Names tokens by their ids, as in `token_id:5`, in `logprobs`: several ids may have the same text."""
     ignore_eos: bool | None = None
     add_special_tokens: bool | None = None
 
@@ -220,6 +223,8 @@ class ChoiceBuilder:
 
     def _token_name(self, id_: int) -> str:
         data = self._template.token_bytes[id_]
+        if self._request.return_tokens_as_token_ids:
+            return f"token_id:{id_}"
         if not data:
             return self._template.tokenizer.backend_tokenizer.id_to_token(id_) or f"token_id:{id_}"
         try:

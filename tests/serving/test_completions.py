@@ -221,6 +221,11 @@ def test_the_most_likely_tokens_of_an_answer_are_those_of_the_model(tiny_url: st
             assert 1 <= len(tops) <= 4
         if temperature == 0:
             assert [max(tops.values()) for tops in logprobs["top_logprobs"]] == logprobs["token_logprobs"]
+        named = body | {"temperature": temperature, "return_tokens_as_token_ids": True}
+        logprobs = post(tiny_url, named)[1]["choices"][0]["logprobs"]
+        assert logprobs["tokens"] == [f"token_id:{id_}" for id_ in choice["token_ids"]]
+        for score, own, tops in zip(scores, logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+            assert set(tops) == {own, *(f"token_id:{id_}" for id_, _ in score.top)}
 
 
 def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
