@@ -41,7 +41,7 @@ class Notes:
     def add_ignored(self, name: str) -> None:
         """Note that a field has no effect."""
         if len(self.ignored) <= _MAX_NAMED:
-            self.ignored[_NOT_IN_NAMES.sub("?", name[:_MAX_NAME_CHARACTERS])] = None
+            self.ignored[_NOT_IN_NAMES.sub("?", name[:_MAX_NAME_CHARACTERS]) or "?"] = None
 
 
 _collecting: ContextVar[Notes | None] = ContextVar("collecting", default=None)
