@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import socket
 import sys
-import termios
 from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any, cast
@@ -155,6 +153,9 @@ class _Connection(asyncio.BufferedProtocol):
         """Abort if the client has taken nothing of so many bytes, else look again later."""
         pending = self.transport.get_write_buffer_size()
         with contextlib.suppress(OSError):  # not every system says what it holds itself
+            import fcntl  # POSIX only, and so not at the top
+            import termios
+
             pending += int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         if pending >= before:
             self.abort()

@@ -169,6 +169,7 @@ class GenerationRequest(RequestBody):
         **dict.fromkeys(("banned_strings", "bad_words", "documents", "allowed_token_ids"), ([],)),
         **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), ()),
         **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
+        **dict.fromkeys(("lora_path", "lora_request", "prompt_embeds", "logits_processors"), ()),
     }
     why: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("grammar", "format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), NO_FORMS

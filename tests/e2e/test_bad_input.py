@@ -79,7 +79,7 @@ def test_when_all_checkpoints_are_damaged_the_run_stops(run_copy: Path) -> None:
         (("run", "none.toml"), "there is no recipe"),
         (("serve", "nowhere"), "nowhere"),
         (("serve", "nowhere", "--host", "0.0.0.0"), "--insecure"),
-        (("serve", "nowhere", "--port", "99999"), "not a port"),
+        (("serve", "nowhere", "--port", "99999"), "less than or equal to 65535"),
         (("serve", "nowhere", "--port", "http"), "--port"),
         (("serve", "nowhere", "--engine", "warp"), "warp"),
     ],

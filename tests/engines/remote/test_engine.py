@@ -15,7 +15,7 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
 from corral.answering.open_model import connect_model
-from corral.engines.base import Features, Sampling
+from corral.engines.base import OPTIONAL_SAMPLING, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError
@@ -285,7 +285,14 @@ def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogC
 
 def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
     engine = remote(tiny, vocabulary=VOCABULARY, probe=True)
-    assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True, requests=ServerLimits().at_once)
+    features = engine.features
+    assert (features.max_length, features.vocabulary, features.requests) == (
+        CONTEXT,
+        VOCABULARY,
+        ServerLimits().at_once,
+    )
+    assert features.logprobs and features.score and features.score_top  # noqa: PT018 (one statement about the server)
+    assert features.honours == frozenset(OPTIONAL_SAMPLING)
     asyncio.run(engine.close())
 
 
