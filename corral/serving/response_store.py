@@ -259,9 +259,10 @@ class ResponseStore:
             if pending.is_written:
                 check_conversation_size(0, 0, pending.inputs, self._limits)
             return []
-        rows, _ = read_rows(
-            session, query.order_by(ItemRow.number).limit(self._limits.max_items + 1), self._limits.max_bytes
-        )
+        # A read counts each row as well as its text, so that this bound leaves out none of a conversation within the limits.
+        most_rows = self._limits.max_items + 1
+        most_bytes = self._limits.max_bytes + ROW_BYTES * most_rows
+        rows, _ = read_rows(session, query.order_by(ItemRow.number).limit(most_rows), most_bytes)
         items = [Item.from_row(row) for row in rows]
         check_conversation_size(len(items), sum(item.bytes for item in items), pending.inputs, self._limits)
         return items
