@@ -112,7 +112,7 @@ class Serve(Section):
     keep_alive: Annotated[float, Field(gt=0)] = 75
     """Seconds that an idle connection stays open; more than a proxy's, which may use it again."""
     strict: bool = False
-    """Refuse every field of a request that is not supported, also those that change no answer and are otherwise ignored."""
+    """Refuse fields of a request that this server does not know, which are otherwise ignored and named."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged: info has a line for each request."""
 

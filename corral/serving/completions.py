@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from corral.engines.base import OPTIONAL_SAMPLING, Generation, Sampling, TokenScore
@@ -103,7 +104,7 @@ class CompletionsHandler:
                         joined[piece.index] = piece
         choices = [joined[i] for i in sorted(joined)]
         entries = sum(len(c.logprobs.tokens) for c in choices if c.logprobs) * (1 + self._request.top_logprob_count)
-        characters = sum(len(choice.text) for choice in choices) + entries * _CHARACTERS_PER_TOKEN
+        characters = sum(map(_characters, choices)) + entries * _CHARACTERS_PER_TOKEN
         return await self._served.answerer.run_in_thread_if_long(characters, self._encode, choices)
 
     def _encode(self, choices: Sequence[TextChoice]) -> str:
@@ -116,7 +117,8 @@ class CompletionsHandler:
         with translate_errors():
             async with contextlib.aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
-                    yield Event(self._completion([piece]).model_dump_json(exclude=hidden))
+                    encode = partial(self._completion([piece]).model_dump_json, exclude=hidden)
+                    yield Event(await self._served.answerer.run_in_thread_if_long(_characters(piece), encode))
         if self._request.wants_usage:
             yield Event(self._completion([], self.usage).model_dump_json())
         yield DONE
@@ -164,7 +166,7 @@ class CompletionsHandler:
     def _check_tokens(self, answer_tokens: int) -> None:
         """Check the tokens of the whole request, given those of one answer to each prompt. Raises: Refused."""
         n, most = self._request.n or 1, self._served.limits.tokens
-        prompt_copies = n if self._request.echo else 1
+        prompt_copies = n if self._request.echo or self._request.return_token_ids else 1
         tokens = prompt_copies * sum(map(len, self._prompts)) + n * answer_tokens
         what = f"at most {most} tokens are served in one request; its prompts and answers may have {tokens}"
         check_rules([(tokens > most, "prompt", what)])
@@ -299,3 +301,9 @@ def _tokenize(served: ServedModel, request: CompletionRequest, prompt: str | lis
         what = f"'prompt': it must have tokens, with ids from 0 to {vocabulary - 1}"
         raise Refused(400, what, param="prompt")
     return ids
+
+
+def _characters(choice: TextChoice) -> int:
+    """Rough cost of formatting a choice, without log-probabilities."""
+    ids = len(choice.token_ids or ()) + len(choice.prompt_token_ids or ())
+    return len(choice.text) + _CHARACTERS_PER_TOKEN * ids

@@ -5,6 +5,7 @@ Errors of corral become `Refused`, with the status and code that OpenAI's client
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Generator, Iterable
@@ -42,6 +43,7 @@ from corral.template import Template
 
 IMPOSSIBLE_LOGPROB = -9999.0
 """Of a token of probability 0, as vLLM writes it: JSON has no infinity."""
+_TOKENS_AT_ONCE = 16  # of a chosen answer's log-probabilities, in one event
 _log = logging.getLogger(__name__)
 
 
@@ -51,11 +53,13 @@ class RunningAnswer:
     Args:
         stream: the text of all choices, or of all candidates.
         consensus: chooses one of the candidates; None: all choices are returned.
+        shows_logprobs: whether the deltas of a chosen answer carry its tokens.
     """
 
-    def __init__(self, stream: TextStream, consensus: Consensus | None) -> None:
+    def __init__(self, stream: TextStream, consensus: Consensus | None, *, shows_logprobs: bool) -> None:
         self._stream = stream
         self._consensus = consensus
+        self._shows_logprobs = shows_logprobs
         self.consensus_result: ConsensusResult | None = None
         """How the answer was chosen, once it is."""
 
@@ -71,8 +75,14 @@ class RunningAnswer:
         """The text as it is generated; with consensus the chosen answer, as choice 0, once it is known. Raises: Refused."""
         if self._consensus is not None:
             answer = await self.result()
-            tokens = answer.tokens[answer.winner] if answer.tokens else ()
-            yield TextDelta(0, answer.text, answer.finish, tokens, answer.vote)
+            tokens = answer.tokens[answer.winner] if answer.tokens and self._shows_logprobs else ()
+            for start in range(0, max(1, len(tokens)), _TOKENS_AT_ONCE):
+                if start:
+                    await asyncio.sleep(0)  # the log-probabilities of a long answer take seconds to format
+                part = tokens[start : start + _TOKENS_AT_ONCE]
+                is_last = start + _TOKENS_AT_ONCE >= len(tokens)
+                text, finish = "" if start else answer.text, answer.finish if is_last else None
+                yield TextDelta(0, text, finish, part, answer.vote if is_last else None)
             return
         with translate_errors():
             async with contextlib.aclosing(aiter(self._stream)) as deltas:
@@ -130,7 +140,8 @@ async def start_answer(
         length = choose_length(served, request, max_tokens, left, served.limits.default_tokens)
         check_logprobs(served, request, sampling.n * length)
         length = reserve(len(ids), length, sampling.n, may_shorten=max_tokens is None)
-        return RunningAnswer(answerer.start(ids, with_length(sampling, length), request.stops), consensus)
+        stream = answerer.start(ids, with_length(sampling, length), request.stops)
+        return RunningAnswer(stream, consensus, shows_logprobs=request.wants_logprobs)
 
 
 def arrange_system(template: Template, conversation: Conversation) -> Conversation:

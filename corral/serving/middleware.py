@@ -123,7 +123,7 @@ class AccessMiddleware:
                 caller = await self._admission.accounts.authenticate(headers.get("authorization"))
                 scope.setdefault("state", {})["caller"] = caller
                 self._check_capacity(caller, headers)
-                if path.startswith("/v1/"):
+                if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
                     self._admission.accounts.count_request(caller)
         except Refused as refused:
             await error_response(refused)(scope, receive, send)

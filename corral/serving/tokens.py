@@ -100,8 +100,8 @@ def build_router(models: ServedModels) -> APIRouter:
     return router
 
 
-async def _tokenize(served: ServedModel, body: TokenizeRequest) -> Tokens:
-    """Raises: Refused."""
+async def _tokenize(served: ServedModel, body: TokenizeRequest) -> str:
+    """The response as JSON. Raises: Refused."""
     check_known_fields(served.limits, body)
     answerer = served.answerer
     if body.messages is not None and body.prompt is None:
@@ -122,20 +122,23 @@ async def _tokenize(served: ServedModel, body: TokenizeRequest) -> Tokens:
         raise Refused(400, f"{param!r}: {error.what}", param=param) from error
 
 
-def _encode(served: ServedModel, conversation: Conversation, names: bool) -> Tokens:
+def _encode(served: ServedModel, conversation: Conversation, names: bool) -> str:
     template = served.answerer.template
     conversation = arrange_system(template, conversation)
     encode = template.continuation if conversation.answered else template.prompt
     return _tokens(served, encode(conversation), names)
 
 
-def _encode_text(served: ServedModel, text: str, begin: bool, names: bool) -> Tokens:
+def _encode_text(served: ServedModel, text: str, begin: bool, names: bool) -> str:
     return _tokens(served, served.plain_text.ids(text, begin=begin), names)
 
 
-def _tokens(served: ServedModel, ids: list[int], names: bool) -> Tokens:
+def _tokens(served: ServedModel, ids: list[int], names: bool) -> str:
+    most = served.limits.prompt_tokens
+    what = f"at most {most} tokens are returned with their strings, and there are {len(ids)}"
+    check_rules(((names and len(ids) > most, "return_token_strs", what),))
     strings: Any = served.answerer.template.tokenizer.convert_ids_to_tokens(ids) if names else None
-    return Tokens(count=len(ids), max_model_len=served.context, tokens=ids, token_strs=strings)
+    return Tokens(count=len(ids), max_model_len=served.context, tokens=ids, token_strs=strings).model_dump_json()
 
 
 def _decode(served: ServedModel, ids: list[int]) -> str:

@@ -109,6 +109,14 @@ def test_special_tokens_in_a_text_are_plain_text_and_ids_are_kept(
     assert answer["choices"][0]["prompt_token_ids"] == special
 
 
+def test_ids_of_a_prompt_count_for_each_choice_that_returns_them(serve: Serve) -> None:
+    server = serve("Hello", limits=RequestLimits(n=16, prompt_tokens=100, max_tokens=10))
+    asked: Any = {"prompt": [5] * 50, "n": 16, "max_tokens": 1}
+    assert server.complete(**asked)[0] == 200
+    status, answer = server.complete(**asked, return_token_ids=True)[:2]
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+
+
 def test_a_text_starts_with_bos_by_default_if_the_tokenizer_has_one(tiny_tokenizer: Any) -> None:
     import copy
 

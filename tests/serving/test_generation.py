@@ -82,6 +82,21 @@ def test_a_stream_with_a_vote_sends_the_winner_and_ends_with_the_vote(tiny_templ
     assert chunks[-1].usage == whole.usage
 
 
+def test_log_probs_of_a_long_winner_come_in_several_chunks_so_that_others_are_served_between(
+    tiny_template: Template, serve: Serve
+) -> None:
+    long = "The answer is five. " * 10
+    client = serve(Candidates(tiny_template, (long, long))).client
+    wish = {"method": "rouge-l", "n": 2, "stop": "never"}
+    whole = chat(client, wish, logprobs=True).choices[0]
+    chunks = [chunk.choices[0] for chunk in chat(client, wish, stream=True, logprobs=True)]
+    parts = [choice.logprobs.content for choice in chunks if choice.logprobs]
+    assert len(parts) > 2
+    assert max(map(len, parts)) == 16
+    assert [token for part in parts for token in part] == whole.logprobs.content
+    assert "".join(choice.delta.content or "" for choice in chunks) == whole.message.content == long
+
+
 def test_candidates_that_cannot_change_the_choice_are_reported_as_cancelled(
     tiny_template: Template, serve: Serve
 ) -> None:

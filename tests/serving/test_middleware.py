@@ -116,6 +116,7 @@ def test_every_request_counts_once_towards_the_quota_per_minute(serve: Serve, da
         ("GET", "/v1/conversations", None, 200),
         ("GET", "/v1/models", None, 200),
         ("GET", "/v1/nowhere", None, 404),
+        ("POST", "/tokenize", '{"prompt": "a"}', 200),
     ]
     secrets = [keys.add(f"key-{i}", Quota(requests_per_minute=3))[1] for i in range(len(kinds))]
     server = serve(models, admission, routers=[responses.build_router(models, database, admission)])

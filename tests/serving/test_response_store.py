@@ -84,6 +84,14 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
     assert (store.get("a", conversation.id), texts_of(store, conversation.id)) == before
 
 
+def test_a_turn_is_given_all_of_a_conversation_that_is_nearly_full(database: Database) -> None:
+    store = Stores(database, StorageLimits(max_items=50, max_bytes=5000))
+    said = [f"{n:03} {'x' * 96}" for n in range(49)]
+    conversation = store.create("a", {}, items_saying(*said))
+    before = store.responses.begin(turn("and now?", conversation=conversation.id), {})
+    assert texts(before) == said, "the newest too"
+
+
 def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database) -> None:
     store = Stores(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
     conversation = store.create("a", {}, items_saying("1", "2", "3"))

@@ -44,6 +44,7 @@ def test_messages_are_tokenised_as_the_prompt_of_a_chat(serve: Serve) -> None:
         ("/tokenize", {"prompt": "a\ufdd0b"}, "prompt"),
         ("/tokenize", {"prompt": "a" * 101}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a" * 101}]}, "messages"),
+        ("/tokenize", {"prompt": "a b " * 25, "return_token_strs": True}, "return_token_strs"),
         ("/detokenize", {"tokens": [2**20]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [5] * 51}, "tokens"),
