@@ -126,4 +126,4 @@ def build_router(models: ServedModels, folder: Path) -> APIRouter:
 def _check_admin(request: Request) -> None:
     """Raises: Refused (403: the key is not an administrator's)."""
     if not request.state.caller.is_admin:
-        raise Refused(403, "only a key that was added with --admin may load and unload adapters", code="not_an_admin")
+        raise Refused(403, "only a key that was added with --admin may load and unload adapters", code="not_admin")
