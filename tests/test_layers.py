@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["errors", "formatting", "messages", "progress", "interrupts", "system"],
     1: ["storage", "export_forms", "assets", "metrics", "recipe", "run", "template"],
-    2: ["data", "engines", "model", "prompting"],
+    2: ["data", "engines", "model", "prompting", "retrieval"],
     3: ["answering", "export", "training"],
     4: ["batch", "evaluation", "preflight", "pipeline", "report"],
     5: ["chat", "serving"],
