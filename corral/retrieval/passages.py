@@ -52,7 +52,8 @@ class Passage:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Passage:
         """The inverse of `to_json`."""
-        return cls(**(value | {"headings": tuple[str, ...](value["headings"])}))
+        fields = dict(value)  # of the JSON form, whose only list is `headings`
+        return cls(headings=tuple(fields.pop("headings")), **fields)
 
 
 @dataclass(frozen=True, slots=True)
