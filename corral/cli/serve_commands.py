@@ -188,7 +188,7 @@ def _add(held: KeyStore, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _delete(held: KeyStore, database: Database, name: str) -> dict[str, Any]:
-    from corral.serving.store import ConversationStore
+    from corral.serving.conversation_store import ConversationStore
 
     key = held.find_inactive(name)
     conversations, responses = ConversationStore(database).delete_all(key.id)

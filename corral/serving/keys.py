@@ -8,19 +8,20 @@ hash would delay every request.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, String, delete, false, select, text, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, MappedAsDataclass, Session, mapped_column
 
 from corral.errors import InputError
 from corral.serving.database import Base, Database
@@ -30,47 +31,8 @@ ENVIRONMENT = "CORRAL_API_KEYS"
 _NAME_FORMAT = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # not 12 hex digits, as an id is
 _LINE_FORMAT = re.compile(r"(?P<name>[^=\s]+)=(?P<secret>[!-~]{20,512})(?P<admin>\s+admin)?")
 _FILE_BYTES = 2**20
+_log = logging.getLogger(__name__)
 _SECRET_PREFIX = "secret-"  # of ids of `SecretKeys`: no stored key has such an id, so none shares its conversations
-
-
-class KeyRow(Base):
-    """A key. Revoked ones stay until they are deleted, because conversations and usage refer to them."""
-
-    __tablename__ = "keys"
-
-    id: Mapped[str] = mapped_column(String(12), primary_key=True)
-    name: Mapped[str] = mapped_column(String(64))
-    digest: Mapped[str] = mapped_column(String(64))
-    created: Mapped[int] = mapped_column(BigInteger)
-    expires: Mapped[int | None] = mapped_column(BigInteger)
-    revoked: Mapped[int | None] = mapped_column(BigInteger)
-    is_admin: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
-    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
-    at_once: Mapped[int | None] = mapped_column(BigInteger)
-
-    __table_args__ = (
-        # Names of active keys are unique; the name of a revoked key may be used again.
-        Index(
-            "ux_keys_name",
-            "name",
-            unique=True,
-            sqlite_where=text("revoked IS NULL"),
-            postgresql_where=text("revoked IS NULL"),
-        ),
-    )
-
-
-class UsageRow(Base):
-    """What a key used on one day (UTC)."""
-
-    __tablename__ = "key_usage"
-
-    key: Mapped[str] = mapped_column(String(12), ForeignKey("keys.id"), primary_key=True)
-    day: Mapped[str] = mapped_column(String(10), primary_key=True)
-    requests: Mapped[int] = mapped_column(BigInteger)
-    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
-    completion_tokens: Mapped[int] = mapped_column(BigInteger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +50,66 @@ class Quota:
 NO_LIMITS = Quota()
 
 
+class Key(MappedAsDataclass, Base):
+    """A key. Revoked ones stay until they are deleted, because conversations and usage refer to them.
+
+    Times are in seconds since 1970.
+    """
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str] = mapped_column(String(64))
+    """`hash_key` of what its owner sends."""
+    created: Mapped[int] = mapped_column(BigInteger, default=0)
+    expires: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    revoked: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    is_admin: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
+    """Whether it may read metrics and change what is served."""
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    at_once: Mapped[int | None] = mapped_column(BigInteger, default=None)
+
+    __table_args__ = (
+        # Names of active keys are unique; the name of a revoked key may be used again.
+        Index(
+            "ux_keys_name",
+            "name",
+            unique=True,
+            sqlite_where=text("revoked IS NULL"),
+            postgresql_where=text("revoked IS NULL"),
+        ),
+    )
+
+    @property
+    def quota(self) -> Quota:
+        """What it may use."""
+        return Quota(self.requests_per_minute, self.tokens_per_day, self.at_once)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the key is neither revoked nor expired."""
+        return self.revoked is None and not self.is_expired
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and time.time() >= self.expires
+
+
+class UsageRow(Base):
+    """What a key used on one day (UTC)."""
+
+    __tablename__ = "key_usage"
+
+    key: Mapped[str] = mapped_column(String(12), ForeignKey("keys.id"), primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
 class KeyUsage(NamedTuple):
     """What a key used on one day."""
 
@@ -103,32 +125,6 @@ class KeyUsage(NamedTuple):
     def plus(self, other: KeyUsage) -> KeyUsage:
         """The sum of both."""
         return KeyUsage(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key as servers know it. Times are in seconds since 1970."""
-
-    id: str
-    name: str
-    digest: str
-    """`hash_key` of what its owner sends."""
-    created: int = 0
-    expires: int | None = None
-    revoked: int | None = None
-    quota: Quota = NO_LIMITS
-    is_admin: bool = False
-    """Whether it may read metrics and change what is served."""
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the key is neither revoked nor expired."""
-        return self.revoked is None and not self.is_expired
-
-    @property
-    def is_expired(self) -> bool:
-        """Whether its time is over."""
-        return self.expires is not None and time.time() >= self.expires
 
 
 class KeySource(Protocol):
@@ -169,33 +165,23 @@ class KeyStore:
             DatabaseError: see `Database.write_session`.
         """
         _check_name(name)
-        quota = quota or NO_LIMITS
         id_ = secrets.token_hex(6)
         secret = f"corral_{id_}_{secrets.token_urlsafe(32)}"
-        row = KeyRow(
-            id=id_,
-            name=name,
-            digest=hash_key(secret),
-            created=int(time.time()),
-            expires=expires,
-            is_admin=is_admin,
-            requests_per_minute=quota.requests_per_minute,
-            tokens_per_day=quota.tokens_per_day,
-            at_once=quota.at_once,
-        )
+        limits = asdict(quota or NO_LIMITS)
+        key = Key(id_, name, hash_key(secret), int(time.time()), expires, is_admin=is_admin, **limits)
         try:
             with self._database.write_session() as session:
-                session.add(row)
+                session.add(key)
         except IntegrityError:
             raise InputError(
                 f"there is a key named {name!r}", hint=f"take another name, or first: corral keys revoke {name}"
             ) from None
-        return _from_row(row), secret
+        return key, secret
 
     def all(self) -> list[Key]:
         """All keys, including revoked and expired ones, oldest first. Raises: DatabaseError."""
         with self._database.read_session() as session:
-            return [_from_row(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created, KeyRow.id))]
+            return list(session.scalars(select(Key).order_by(Key.created, Key.id)))
 
     def revoke(self, name: str) -> Key:
         """Revoke a key; running servers notice within seconds.
@@ -208,17 +194,16 @@ class KeyStore:
             DatabaseError: see `Database.write_session`.
         """
         with self._database.write_session() as session:
-            is_match = (KeyRow.name == name) | (KeyRow.id == name)
-            row = session.scalars(select(KeyRow).where(is_match, KeyRow.revoked.is_(None))).first()
+            is_match = (Key.name == name) | (Key.id == name)
+            row = session.scalars(select(Key).where(is_match, Key.revoked.is_(None))).first()
             if row is None:
-                names = session.scalars(select(KeyRow.name).where(KeyRow.revoked.is_(None)).order_by(KeyRow.name)).all()
+                names = session.scalars(select(Key.name).where(Key.revoked.is_(None)).order_by(Key.name)).all()
                 raise InputError(
                     f"there is no key named {name!r}",
                     hint=f"these are: {', '.join(names)}" if names else "there are none",
                 )
             row.revoked = int(time.time())
-            session.flush()
-            return _from_row(row)
+            return row
 
     def find_inactive(self, name: str) -> Key:
         """The revoked or expired key of this name or id.
@@ -242,7 +227,7 @@ class KeyStore:
         """Delete a key and its usage, but not its conversations. Raises: DatabaseError."""
         with self._database.write_session() as session:
             session.execute(delete(UsageRow).where(UsageRow.key == key.id))
-            session.execute(delete(KeyRow).where(KeyRow.id == key.id))
+            session.execute(delete(Key).where(Key.id == key.id))
 
     def usage_on(self, day: str) -> dict[str, KeyUsage]:
         """The usage of a day, by key id. Raises: DatabaseError."""
@@ -283,26 +268,46 @@ class SecretKeys:
     """Keys that an operator keeps elsewhere, for example in a Kubernetes secret, beside those of a database if there is one.
 
     Each line is `NAME=SECRET`, or `NAME=SECRET admin`; empty lines and those that begin with `#` are skipped. The file is read
-    again about once a second, so that a changed secret holds within seconds. A key's conversations belong to its name, so it
-    keeps them when its secret changes. These keys have no quota, and their usage is not stored.
+    again about once a second, so that a changed secret holds within seconds. If it then has a bad line or cannot be read, its
+    last good keys stay valid, and the error is logged once for each change: a slip in one line locks out nobody. An empty file
+    holds no key. A key's conversations belong to its name, so it keeps them when its secret changes. These keys have no quota,
+    and their usage is not stored.
 
     Args:
         file: with the lines.
         lines: in place of a file.
         store: the keys of a database.
+
+    Raises: InputError (a bad line).
     """
 
     def __init__(self, file: Path | None = None, lines: str = "", store: KeyStore | None = None) -> None:
         self._file = file
-        self._lines = lines
+        self._of_lines = _parse_secrets(lines, f"environment variable {ENVIRONMENT}")
+        self._of_file: list[Key] | None = None
+        """As last read."""
+        self._logged: tuple[int, ...] = ()
+        """The version of the file with the last error that was logged."""
         self._store = store
 
     def all(self) -> list[Key]:
-        """All keys. Raises: InputError (the file cannot be read, or has a bad line), DatabaseError."""
-        keys = _parse_secrets(self._lines, f"environment variable {ENVIRONMENT}")
-        if self._file is not None:
-            keys += _parse_secrets(_read_file(self._file), str(self._file))
-        return [*keys, *(self._store.all() if self._store else ())]
+        """All keys. Raises: InputError (the first time: the file cannot be read, or has a bad line), DatabaseError."""
+        of_file = [] if self._file is None else self._read(self._file)
+        return [*self._of_lines, *of_file, *(self._store.all() if self._store else ())]
+
+    def _read(self, file: Path) -> list[Key]:
+        version = _version(file)
+        try:
+            self._of_file = _parse_secrets(_read_file(file), str(file))
+            self._logged = ()
+        except InputError as error:
+            if self._of_file is None:
+                raise
+            if version != self._logged:
+                self._logged = version
+                what = "%s (%s); the keys read before stay valid: %s"
+                _log.error(what, error.what, error.where, error.hint)
+        return self._of_file
 
     def usage_on(self, day: str) -> Mapping[str, KeyUsage]:
         """The usage of a day of the stored keys. Raises: DatabaseError."""
@@ -341,6 +346,15 @@ def _parse_secrets(lines: str, where: str) -> list[Key]:
     return list(keys.values())
 
 
+def _version(path: Path) -> tuple[int, ...]:
+    """Changes whenever the file does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return (0,)
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def _read_file(path: Path) -> str:
     """Raises: InputError."""
     hint = "it has lines NAME=SECRET; check that this user may read it"
@@ -373,8 +387,3 @@ def hash_key(secret: str) -> str:
 def today() -> str:
     """Today's date (UTC), as 2026-12-31; usage is counted per such day."""
     return datetime.now(UTC).date().isoformat()
-
-
-def _from_row(row: KeyRow) -> Key:
-    quota = Quota(row.requests_per_minute, row.tokens_per_day, row.at_once)
-    return Key(row.id, row.name, row.digest, row.created, row.expires, row.revoked, quota, row.is_admin)

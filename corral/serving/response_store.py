@@ -19,28 +19,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, delete, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, literal, select, update
 from sqlalchemy.orm import Session, aliased
 
 from corral.errors import DatabaseError
 from corral.serving.database import Database, run_in_thread
 from corral.serving.errors import Refused, database_unavailable
 from corral.serving.store import (
+    HOUR,
     ROW_BYTES,
-    ConversationRow,
     Item,
-    ItemRow,
     Page,
-    ResponseRow,
     StorageLimits,
-    add_item,
-    check_conversation_size,
-    check_total_size,
-    check_unlocked,
+    StoredConversation,
+    StoredResponse,
+    add_items,
     delete_responses,
-    get_conversation_row,
-    is_valid_id,
-    locked,
+    get_conversation,
+    get_row,
+    make_room,
+    make_room_in,
     not_found,
     read_page,
     read_rows,
@@ -55,7 +53,6 @@ _HEARTBEATS_PER_LEASE = 5
 _STORE_SECONDS = 30  # timeout of a call of the store; the database's own timeouts are shorter
 _SWEEP_SECONDS = 600
 _SWEEP_ROWS = 1000  # at most, so that no request waits long for the deletion of old responses
-_DAY = 86400
 _log = logging.getLogger(__name__)
 
 
@@ -71,21 +68,13 @@ class PendingResponse:
     conversation: str | None = None
     previous: str | None = None
     """The id of the response that this one continues."""
+    client: str = ""
+    """Which of the owner's clients sends it; a conversation's belong to the client that began that."""
 
     @property
     def is_written(self) -> bool:
         """Whether anything is written to the database."""
         return self.stored or self.conversation is not None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    """A response from the database."""
-
-    body: dict[str, Any]
-    outputs: list[Item]
-    is_lost: bool
-    """Its lease ended before it was finished: its server died."""
 
 
 class ResponseStore:
@@ -124,22 +113,19 @@ class ResponseStore:
                 return self._history(session, pending)
         with self._database.write_session() as session:
             self._delete_expired(session)
-            conversation = None
-            if pending.conversation is not None:
-                conversation = get_conversation_row(
-                    session, pending.owner, pending.conversation, to_write=True, param="conversation"
-                )
-                check_unlocked(conversation)
-                check_conversation_size(conversation.items, conversation.bytes, pending.inputs, self._limits)
-                check_total_size(session, pending.owner, pending.inputs, self._limits)
+            conversation = _lock_conversation(session, pending)
+            if conversation is not None:
+                conversation.check_unlocked()
+                make_room_in(session, conversation, pending.inputs, self._limits)
                 conversation.lease_owner, conversation.lease_until = pending.id, self._lease_end
-            history = self._history(session, pending)
+            history = self._history(session, pending, conversation)
             if pending.stored:
                 size = _response_bytes(body, () if conversation else pending.inputs)
-                self._evict_oldest(session, pending.owner, size)
-                row = ResponseRow(
+                self._make_room(session, pending.owner, size)
+                row = StoredResponse(
                     id=pending.id,
                     owner=pending.owner,
+                    client=conversation.client if conversation else pending.client,
                     conversation=conversation.number if conversation else None,
                     previous=pending.previous,
                     created_at=int(time.time()),
@@ -152,8 +138,10 @@ class ResponseStore:
 
     def renew_leases(self, responses: Collection[str]) -> None:
         """Extend the leases of pending responses, by their ids."""
-        conversations = update(ConversationRow).where(ConversationRow.lease_owner.in_(responses))
-        pending = update(ResponseRow).where(ResponseRow.id.in_(responses), ResponseRow.lease_until.is_not(None))
+        conversations = update(StoredConversation).where(StoredConversation.lease_owner.in_(responses))
+        pending = update(StoredResponse).where(
+            StoredResponse.id.in_(responses), StoredResponse.lease_until.is_not(None)
+        )
         with self._heartbeat_database.write_session() as session:
             session.execute(conversations.values(lease_until=self._lease_end))
             session.execute(pending.values(lease_until=self._lease_end))
@@ -180,10 +168,10 @@ class ResponseStore:
     def discard(self, pending: PendingResponse) -> None:
         """Delete a pending response and unlock its conversation."""
         with self._database.write_session() as session:
-            session.execute(delete(ResponseRow).where(ResponseRow.id == pending.id))
+            session.execute(delete(StoredResponse).where(StoredResponse.id == pending.id))
             session.execute(
-                update(ConversationRow)
-                .where(ConversationRow.lease_owner == pending.id)
+                update(StoredConversation)
+                .where(StoredConversation.lease_owner == pending.id)
                 .values(lease_owner=None, lease_until=None)
             )
 
@@ -200,77 +188,70 @@ class ResponseStore:
                 Nothing is stored then.
         """
         with self._database.write_session() as session:
-            conversation = None
-            if pending.conversation is not None:
-                conversation = get_conversation_row(
-                    session, pending.owner, pending.conversation, to_write=True, param="conversation"
-                )
+            conversation = _lock_conversation(session, pending)
+            if conversation is not None:
                 if conversation.lease_owner != pending.id:
-                    raise locked(conversation)
+                    raise conversation.locked()
                 conversation.lease_owner = conversation.lease_until = None
-            row = session.scalar(select(ResponseRow).where(ResponseRow.id == pending.id))
+            # Locked, as another transaction may delete it to make room.
+            row = session.scalar(select(StoredResponse).where(StoredResponse.id == pending.id).with_for_update())
             holder = conversation if is_kept else None
-            items = [(item, False) for item in pending.inputs]
+            items = [*pending.inputs]
             if output is not None:
-                items.append((output, True))
+                output.is_output = True
+                items.append(output)
             if row is not None:
                 row.body, row.lease_until = body, None
-                row.bytes = _response_bytes(body, () if holder else [item for item, _ in items])
+                row.bytes = _response_bytes(body, () if holder else items)
             elif holder is None:
                 return
-            for item, is_output in items:
-                add_item(session, item, holder, response=row.number if row else None, is_output=is_output)
+            add_items(session, items, holder, row.number if row else None)
 
-    def get(self, owner: str, id_: str) -> StoredResponse:
-        """One response. Raises: Refused (404)."""
+    def get(self, owner: str, id_: str) -> tuple[StoredResponse, list[Item]]:
+        """One response, with its output. Raises: Refused (404)."""
         with self._database.read_session() as session:
-            row = _get_response_row(session, owner, id_)
-            outputs = select(ItemRow).where(ItemRow.response == row.number, ItemRow.is_output)
-            items = [Item.from_row(item) for item in session.scalars(outputs.order_by(ItemRow.number))]
-            return StoredResponse(
-                row.body, items, is_lost=row.lease_until is not None and row.lease_until < time.time()
-            )
+            row = _get_response(session, owner, id_)
+            outputs = select(Item).where(Item.response == row.number, Item.is_output).order_by(Item.number)
+            return row, list(session.scalars(outputs))
 
     def list_inputs(self, owner: str, id_: str, page: Page) -> tuple[list[Item], bool]:
         """Return (the response's inputs, whether there are more). Raises: Refused (404, or an id that is not in the list)."""
         with self._database.read_session() as session:
-            number = _get_response_row(session, owner, id_).number
-            query = select(ItemRow).where(ItemRow.response == number, ~ItemRow.is_output)
-            rows, has_more = read_page(session, query, ItemRow, page)
-            return [Item.from_row(row) for row in rows], has_more
+            number = _get_response(session, owner, id_).number
+            return read_page(session, Item, (Item.response == number) & ~Item.is_output, page)
 
     def delete(self, owner: str, id_: str) -> None:
         """Delete a response; its items stay in its conversation, if it has one. Raises: Refused (404)."""
         with self._database.write_session() as session:
-            row = _get_response_row(session, owner, id_)
-            delete_responses(session, select(ResponseRow.number).where(ResponseRow.number == row.number))
+            delete_responses(session, [_get_response(session, owner, id_).number])
 
     @property
     def _lease_end(self) -> float:
         return time.time() + self.lease_seconds
 
-    def _history(self, session: Session, pending: PendingResponse) -> list[Item]:
-        if pending.conversation is not None:
-            number = get_conversation_row(session, pending.owner, pending.conversation, param="conversation").number
-            query = select(ItemRow).where(ItemRow.conversation == number)
+    def _history(
+        self, session: Session, pending: PendingResponse, conversation: StoredConversation | None = None
+    ) -> list[Item]:
+        if conversation is not None:
+            is_before = Item.conversation == conversation.number
         elif pending.previous is not None:
-            query = select(ItemRow).where(self._chain(session, pending.owner, pending.previous))
+            is_before = self._chain(session, pending.owner, pending.previous)
         else:
             if pending.is_written:
-                check_conversation_size(0, 0, pending.inputs, self._limits)
+                self._limits.check_conversation(0, 0, pending.inputs)
             return []
         # A read counts each row as well as its text, so that this bound leaves out none of a conversation within the limits.
         most_rows = self._limits.max_items + 1
         most_bytes = self._limits.max_bytes + ROW_BYTES * most_rows
-        rows, _ = read_rows(session, query.order_by(ItemRow.number).limit(most_rows), most_bytes)
-        items = [Item.from_row(row) for row in rows]
-        check_conversation_size(len(items), sum(item.bytes for item in items), pending.inputs, self._limits)
+        query = select(Item).where(is_before).order_by(Item.number).limit(most_rows)
+        items, _ = read_rows(session, query, most_bytes)
+        self._limits.check_conversation(len(items), sum(item.bytes for item in items), pending.inputs)
         return items
 
     def _chain(self, session: Session, owner: str, previous: str) -> ColumnElement[bool]:
         """The items up to a response: its own, those of the chain before it, and those of a conversation where that begins."""
-        row = _get_response_row(session, owner, previous, param="previous_response_id")
-        has_answer = select(ItemRow.number).where(ItemRow.response == row.number, ItemRow.is_output).limit(1)
+        row = _get_response(session, owner, previous, param="previous_response_id")
+        has_answer = select(Item.number).where(Item.response == row.number, Item.is_output).limit(1)
         if session.scalar(has_answer) is None:
             seconds = (row.lease_until or 0) - time.time()
             if seconds > 0:
@@ -278,9 +259,11 @@ class ResponseStore:
                 raise Refused(409, what, param="previous_response_id", code="response_pending", retry_seconds=seconds)
             what = f"the response {previous!r} has no answer to continue"
             raise Refused(400, what, param="previous_response_id")
-        columns = (ResponseRow.number, ResponseRow.previous, ResponseRow.conversation)
-        chain = select(*columns, literal(0).label("depth")).where(ResponseRow.number == row.number).cte(recursive=True)
-        older = aliased(ResponseRow)
+        columns = (StoredResponse.number, StoredResponse.previous, StoredResponse.conversation)
+        chain = (
+            select(*columns, literal(0).label("depth")).where(StoredResponse.number == row.number).cte(recursive=True)
+        )
+        older = aliased(StoredResponse)
         chain = chain.union_all(
             select(older.number, older.previous, older.conversation, chain.c.depth + 1)
             .join(chain, older.id == chain.c.previous)
@@ -291,46 +274,42 @@ class ResponseStore:
         if first.conversation is None:
             if first.previous is not None:
                 raise not_found("response", first.previous, "previous_response_id")
-            return ItemRow.response.in_([link.number for link in links])
-        last = select(func.max(ItemRow.number)).where(ItemRow.response == first.number).scalar_subquery()
-        in_conversation = and_(ItemRow.conversation == first.conversation, ItemRow.number <= last)
-        return or_(ItemRow.response.in_([link.number for link in links]), in_conversation)
+            return Item.response.in_([link.number for link in links])
+        last = select(func.max(Item.number)).where(Item.response == first.number).scalar_subquery()
+        in_conversation = (Item.conversation == first.conversation) & (Item.number <= last)
+        return Item.response.in_([link.number for link in links]) | in_conversation
 
     def _delete_expired(self, session: Session) -> None:
         if time.monotonic() - self._last_sweep < _SWEEP_SECONDS and self._last_sweep:
             return
         self._last_sweep = time.monotonic()
-        is_old = ResponseRow.created_at < time.time() - self._limits.response_days * _DAY
-        expired = select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old)
-        delete_responses(session, expired.order_by(ResponseRow.number).limit(_SWEEP_ROWS))
+        is_old = StoredResponse.created_at < time.time() - self._limits.response_days * 24 * HOUR
+        expired = select(StoredResponse.number).where(StoredResponse.conversation.is_(None), is_old)
+        delete_responses(session, expired.order_by(StoredResponse.number).limit(_SWEEP_ROWS))
 
-    def _evict_oldest(self, session: Session, owner: str, size: int) -> None:
-        """Delete the oldest responses of an owner until a new one fits. Raises: Refused (it alone is too large)."""
-        if size > self._limits.max_responses_bytes:
-            raise Refused(
-                400, f"a response takes at most {self._limits.max_responses_bytes} bytes", code="response_too_large"
-            )
-        mine = ResponseRow.owner == owner
-        while True:
-            count, held = session.execute(select(func.count(), func.sum(ResponseRow.bytes)).where(mine)).one()
-            if count < self._limits.max_responses and (held or 0) + size <= self._limits.max_responses_bytes:
-                return
-            # More than necessary, so that not every request has to delete some.
-            oldest = select(ResponseRow.number).where(mine).order_by(ResponseRow.number).limit(1 + count // 10)
-            delete_responses(session, oldest)
+    def _make_room(self, session: Session, owner: str, size: int) -> None:
+        """Delete older responses of an owner until a new one fits. Raises: Refused (it alone is too large)."""
+        limits = self._limits
+        if size > limits.max_responses_bytes:
+            what = f"a response takes at most {limits.max_responses_bytes} bytes"
+            raise Refused(400, what, code="response_too_large")
+        rows, bytes_ = (1, limits.max_responses), (size, limits.max_responses_bytes)
+        make_room(session, StoredResponse, owner, rows=rows, size=bytes_)
 
 
 def _response_bytes(body: dict[str, Any], items: Sequence[Item]) -> int:
-    """Bytes that a response takes of its owner's share."""
+    """Bytes that a response takes of its owner's room."""
     return len(json.dumps(body)) + ROW_BYTES + storage_bytes(items)
 
 
-def _get_response_row(session: Session, owner: str, id_: str, param: str | None = None) -> ResponseRow:
-    query = select(ResponseRow).where(ResponseRow.id == id_, ResponseRow.owner == owner)
-    row = session.scalar(query) if is_valid_id(id_) else None
-    if row is None:
-        raise not_found("response", id_, param)
-    return row
+def _lock_conversation(session: Session, pending: PendingResponse) -> StoredConversation | None:
+    if pending.conversation is None:
+        return None
+    return get_conversation(session, pending.owner, pending.conversation, to_write=True, param="conversation")
+
+
+def _get_response(session: Session, owner: str, id_: str, param: str | None = None) -> StoredResponse:
+    return get_row(session, StoredResponse, id_, StoredResponse.owner == owner, param=param)
 
 
 class Lease:

@@ -20,12 +20,13 @@ from pydantic import BaseModel
 from corral.answering.answerer import Answerer, Token
 from corral.engines.base import Finish
 from corral.errors import TemplateError
-from corral.messages import Conversation
+from corral.messages import Conversation, Role
 from corral.serving import conversations
 from corral.serving.accounts import Reserve, reserve_any
 from corral.serving.admission import Admission
 from corral.serving.chat import token_logprob
-from corral.serving.conversations import Owner, Paged, read_store
+from corral.serving.conversation_store import ConversationStore
+from corral.serving.conversations import Paged, Sender, read_store
 from corral.serving.database import Database
 from corral.serving.errors import Refused
 from corral.serving.generation import (
@@ -46,17 +47,16 @@ from corral.serving.request_fields import report
 from corral.serving.response_store import LEASE_SECONDS, Lease, PendingResponse, ResponseStore, call_store
 from corral.serving.responses_protocol import (
     DeletedObject,
-    IncompleteDetails,
     ItemObject,
     ListObject,
     OutputTextPart,
-    ResponseError,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
-    build_conversation,
+    failure,
+    plain_role,
 )
-from corral.serving.store import ConversationStore, Item, new_id
+from corral.serving.store import Item, new_id
 from corral.serving.streams import Event, json_response
 from corral.template import Template
 
@@ -67,6 +67,8 @@ async def start_response(
     owner: str,
     request: ResponsesRequest,
     reserve: Reserve = reserve_any,
+    *,
+    client: str = "",
 ) -> ResponsesHandler:
     """Start to answer a request, with the history of its conversation or previous response.
 
@@ -79,15 +81,14 @@ async def start_response(
     if isinstance(request.input, list):
         check_message_count(served, len(request.input), param="input")
     is_stored = request.store is not False
-    pending = PendingResponse(
-        new_id("resp"), owner, request.items, is_stored, request.conversation_id, request.previous_response_id
-    )
+    place = request.conversation_id, request.previous_response_id
+    pending = PendingResponse(new_id("resp"), owner, request.items, is_stored, *place, client)
     sampling = build_sampling(request, 0, sampling_defaults(served, request))
     response = ResponseObject.from_request(pending.id, int(time.time()), served.name, request, sampling)
     lease = Lease(store, pending)
     history = await lease.acquire(response.stored_body)
     try:
-        conversation = build_conversation(request.instructions, history, pending.inputs)
+        conversation = _build_conversation(request.instructions, history, pending.inputs)
         if request.truncation == "auto":
             conversation = await _truncate_to_fit(served, conversation, request.max_output_tokens)
         answer = await start_answer(
@@ -97,6 +98,21 @@ async def start_response(
         await lease.discard()
         raise
     return ResponsesHandler(response, answer, lease, served.answerer if request.wants_logprobs else None)
+
+
+def _build_conversation(instructions: str | None, history: Sequence[Item], inputs: Sequence[Item]) -> Conversation:
+    """The conversation to answer; an assistant's message at the end of the input is continued.
+
+    Raises: Refused (there is nothing to answer).
+    """
+    items = (*history, *inputs)
+    turns: list[tuple[Role, str]] = [(plain_role(item.role), item.text) for item in items]
+    if instructions:
+        turns.insert(0, ("system", instructions))
+    if not turns or (items and not inputs and items[-1].role == "assistant"):
+        why = "the last message is the model's own" if turns else "there is no message, and there are no 'instructions'"
+        raise Refused(400, f"'input': there is nothing to answer: {why}", param="input")
+    return Conversation.from_turns(*turns)
 
 
 class ResponsesHandler:
@@ -185,23 +201,24 @@ class ResponsesHandler:
 
     async def _complete(self, text: str, finish: Finish) -> ResponseObject:
         is_cut = finish_reason(finish) == "length"
-        item = Item(self._item_id, "assistant", (text,), "incomplete" if is_cut else "completed")
+        status = "incomplete" if is_cut else "completed"
+        item = Item.new("assistant", [text], status, self._item_id)
         self._update(
-            status="incomplete" if is_cut else "completed",
-            incomplete_details=IncompleteDetails() if is_cut else None,
+            status=status,
+            incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
             completed_at=None if is_cut else int(time.time()),
             consensus=self._answer.consensus_result,
         )
         await self._lease.finish(self._response.stored_body, item, is_kept=True)
-        return self._response.model_copy(update={"output": [ItemObject.from_item(item)]})
+        return self._response.model_copy(update={"output": [ItemObject.of(item)]})
 
     async def _fail(self, refused: Refused) -> None:
         """Store the response as failed. Text that was sent stays in it, but not in the conversation."""
-        self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
+        self._update(**failure(refused.what))
         item = self._partial_item()
         with contextlib.suppress(Refused):  # the store may be what failed
             await self._lease.finish(self._response.stored_body, item, is_kept=False)
-        self._response = self._response.model_copy(update={"output": [ItemObject.from_item(item)] if item else []})
+        self._response = self._response.model_copy(update={"output": [ItemObject.of(item)] if item else []})
 
     async def _cancel_unfinished(self) -> None:
         if self._lease.is_closed:
@@ -213,11 +230,11 @@ class ResponsesHandler:
             await self._lease.finish(self._response.stored_body, item, is_kept=item is not None)
 
     def _update(self, **changes: Any) -> None:
-        usage = ResponseUsage.from_usage(self.usage)
+        usage = ResponseUsage.of(self.usage)
         self._response = self._response.model_copy(update={**changes, "usage": usage})
 
     def _partial_item(self) -> Item | None:
-        return Item(self._item_id, "assistant", (self._text,), "incomplete") if self._text else None
+        return Item.new("assistant", [self._text], "incomplete", self._item_id) if self._text else None
 
     def _delta_logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         if self._logprobs is None:
@@ -304,26 +321,26 @@ async def _refuse_stream(request: Request) -> None:
 
 def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseStore, admission: Admission) -> None:
     @router.post("/responses")
-    async def respond(body: ResponsesRequest, owner: Owner, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def respond(body: ResponsesRequest, sender: Sender, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
         response = await admission.handle(
             request,
-            lambda reserve: start_response(served, responses, owner, body, reserve),
+            lambda reserve: start_response(served, responses, sender.owner, body, reserve, client=sender.id),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),
         )
-        return report(body.notes, response)
+        return report(body.notes, sender.introduce(response))
 
     @router.get("/responses/{response_id}", dependencies=[Depends(_refuse_stream)])
-    async def response(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await read_store(lambda: ResponseObject.from_stored(responses.get(owner, response_id)))
+    async def response(response_id: str, sender: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await read_store(lambda: ResponseObject.from_stored(*responses.get(sender.owner, response_id)))
 
     @router.delete("/responses/{response_id}")
-    async def delete(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        await call_store(responses.delete, owner, response_id)
+    async def delete(response_id: str, sender: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
+        await call_store(responses.delete, sender.owner, response_id)
         return json_response(DeletedObject(id=response_id, object="response.deleted"))
 
     @router.get("/responses/{response_id}/input_items")
-    async def inputs(response_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await read_store(lambda: ListObject.from_items(*responses.list_inputs(owner, response_id, page.page)))
+    async def inputs(response_id: str, page: Paged, sender: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await read_store(lambda: ListObject.of(*responses.list_inputs(sender.owner, response_id, page.page)))

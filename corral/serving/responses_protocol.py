@@ -12,10 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from corral.engines.base import MAX_ALTERNATIVES, Sampling
-from corral.messages import Conversation
 from corral.messages import Role as PlainRole
 from corral.serving.chat import TokenLogprob
-from corral.serving.errors import Refused
 from corral.serving.protocol import (
     DEFAULT_LIMITS,
     NO_FORMS,
@@ -26,8 +24,7 @@ from corral.serving.protocol import (
     Usage,
 )
 from corral.serving.request_fields import RequestBody, StrictModel
-from corral.serving.response_store import StoredResponse
-from corral.serving.store import Item, Page, Role, StoredConversation
+from corral.serving.store import Item, Page, Role, StoredConversation, StoredResponse
 
 _MAX_PAIRS = 16
 _MAX_ITEMS = 20
@@ -46,6 +43,10 @@ Metadata: TypeAlias = Annotated[
     Field(max_length=_MAX_PAIRS),
     BeforeValidator(_limit_pairs),
 ]
+_REPEATED = {
+    *("conversation", "previous_response_id", "instructions", "max_output_tokens", "metadata", "truncation", "store"),
+    "top_logprobs",
+}
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
@@ -88,6 +89,11 @@ class ConversationId(StrictModel):
     id: str
 
 
+def _read_id(value: Any) -> Any:
+    """A conversation's id alone may stand in place of the object."""
+    return {"id": value} if isinstance(value, str) else value
+
+
 class TextOptions(StrictModel):
     """The form of the answer, which is text."""
 
@@ -106,7 +112,7 @@ class ResponsesRequest(ConversationRequest):
     ) = None
     """May be left out if the conversation ends with the user's message, or there are instructions alone."""
     instructions: str | None = None
-    conversation: str | ConversationId | None = None
+    conversation: Annotated[ConversationId | None, BeforeValidator(_read_id)] = None
     previous_response_id: str | None = None
     n: int | None = Field(None, ge=1, le=1)
     store: bool | None = None
@@ -153,7 +159,7 @@ class ResponsesRequest(ConversationRequest):
     @property
     def conversation_id(self) -> str | None:
         """The id of the conversation, if one is given."""
-        return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
+        return None if self.conversation is None else self.conversation.id
 
     @property
     def top_logprob_count(self) -> int:  # noqa: D102 (see GenerationRequest)
@@ -225,24 +231,26 @@ class ItemObject(BaseModel):
     content: list[InputTextPart | OutputTextPart]
 
     @classmethod
-    def from_item(cls, item: Item) -> ItemObject:
-        """Convert an item."""
+    def of(cls, item: Item) -> ItemObject:
+        """An item as the protocol shows it."""
         part = OutputTextPart if item.role == "assistant" else InputTextPart
         return cls(id=item.id, role=item.role, status=item.status, content=[part(text=text) for text in item.texts])
 
 
 class ConversationObject(BaseModel):
-    """A conversation without its items."""
+    """A conversation without its items; read from a `StoredConversation`."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     id: str
     object: Literal["conversation"] = "conversation"
     created_at: int
-    metadata: dict[str, str]
+    metadata: dict[str, str] = Field(validation_alias="labels")
 
     @classmethod
-    def from_stored(cls, stored: StoredConversation) -> ConversationObject:
-        """Convert a stored conversation."""
-        return cls(id=stored.id, created_at=stored.created_at, metadata=stored.metadata)
+    def of(cls, stored: StoredConversation) -> ConversationObject:
+        """A conversation as the protocol shows it."""
+        return cls.model_validate(stored)
 
 
 class ListObject(BaseModel):
@@ -255,20 +263,11 @@ class ListObject(BaseModel):
     has_more: bool
 
     @classmethod
-    def from_objects(cls, data: Sequence[ItemObject | ConversationObject], *, has_more: bool = False) -> ListObject:
-        """Build a page of objects."""
+    def of(cls, rows: Sequence[StoredConversation | Item], has_more: bool = False) -> ListObject:
+        """Build a page of conversations or items."""
+        data = [ItemObject.of(row) if isinstance(row, Item) else ConversationObject.of(row) for row in rows]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
-
-    @classmethod
-    def from_conversations(cls, stored: Sequence[StoredConversation], has_more: bool) -> ListObject:
-        """Build a page of conversations."""
-        return cls.from_objects([ConversationObject.from_stored(each) for each in stored], has_more=has_more)
-
-    @classmethod
-    def from_items(cls, items: Sequence[Item], has_more: bool = False) -> ListObject:
-        """Build a page of items."""
-        return cls.from_objects([ItemObject.from_item(item) for item in items], has_more=has_more)
 
 
 class DeletedObject(BaseModel):
@@ -279,47 +278,21 @@ class DeletedObject(BaseModel):
     deleted: Literal[True] = True
 
 
-class InputDetails(BaseModel):
-    """Details of the prompt tokens; cached tokens are not reported."""
-
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-
-
-class OutputDetails(BaseModel):
-    """Details of the answer tokens."""
-
-    reasoning_tokens: int = 0
-
-
 class ResponseUsage(BaseModel):
-    """Token counts, as the Responses protocol names them."""
+    """Token counts, as the Responses protocol names them; cached tokens are not reported."""
 
     input_tokens: int
-    input_tokens_details: InputDetails = InputDetails()
+    input_tokens_details: dict[str, int] = {"cached_tokens": 0, "cache_write_tokens": 0}
     output_tokens: int
-    output_tokens_details: OutputDetails = OutputDetails()
+    output_tokens_details: dict[str, int] = {"reasoning_tokens": 0}
     total_tokens: int
 
     @classmethod
-    def from_usage(cls, usage: Usage) -> ResponseUsage:
+    def of(cls, usage: Usage) -> ResponseUsage:
         """Convert from the chat protocol's names."""
         return cls(
             input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
         )
-
-
-class ResponseError(BaseModel):
-    """Why a response failed."""
-
-    code: Literal["server_error"] = "server_error"
-    message: str
-
-
-class IncompleteDetails(BaseModel):
-    """Why a response is incomplete."""
-
-    reason: Literal["max_output_tokens"] = "max_output_tokens"
 
 
 class ResponseObject(BaseModel):
@@ -330,8 +303,8 @@ class ResponseObject(BaseModel):
     created_at: int
     completed_at: int | None = None
     status: ResponseStatus = "in_progress"
-    error: ResponseError | None = None
-    incomplete_details: IncompleteDetails | None = None
+    error: dict[str, str] | None = None
+    incomplete_details: dict[str, str] | None = None
     model: str
     output: list[ItemObject] = []
     usage: ResponseUsage | None = None
@@ -341,7 +314,7 @@ class ResponseObject(BaseModel):
     previous_response_id: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
-    metadata: dict[str, str]
+    metadata: dict[str, str] = {}
     temperature: float
     top_p: float
     truncation: Literal["auto", "disabled"] = "disabled"
@@ -358,34 +331,18 @@ class ResponseObject(BaseModel):
     def from_request(
         cls, id_: str, created: int, model: str, request: ResponsesRequest, sampling: Sampling
     ) -> ResponseObject:
-        """Create a response in progress."""
-        conversation = request.conversation_id
-        return cls(
-            id=id_,
-            created_at=created,
-            model=model,
-            conversation=None if conversation is None else ConversationId(id=conversation),
-            previous_response_id=request.previous_response_id,
-            instructions=request.instructions,
-            max_output_tokens=request.max_output_tokens,
-            metadata=request.metadata or {},
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            truncation=request.truncation or "disabled",
-            store=request.store is not False,
-            top_logprobs=request.top_logprob_count,
-        )
+        """Create a response in progress, which repeats the settings of the request."""
+        settings = request.model_dump(include=_REPEATED, exclude_none=True)
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        return cls.model_validate({"id": id_, "created_at": created, "model": model, **settings, **sampled})
 
     @classmethod
-    def from_stored(cls, stored: StoredResponse) -> ResponseObject:
-        """Convert a stored response; a lost one has failed."""
-        response = cls.model_validate(
-            {**stored.body, "output": [ItemObject.from_item(item) for item in stored.outputs]}
-        )
+    def from_stored(cls, stored: StoredResponse, output: Sequence[Item]) -> ResponseObject:
+        """Read a stored response; a lost one has failed."""
+        response = cls.model_validate({**stored.body, "output": [ItemObject.of(item) for item in output]})
         if not stored.is_lost:
             return response
-        error = ResponseError(message="the server ended before this answer was complete")
-        return response.model_copy(update={"status": "failed", "error": error})
+        return response.model_copy(update=failure("the server ended before this answer was complete"))
 
     @property
     def stored_body(self) -> dict[str, Any]:
@@ -393,27 +350,16 @@ class ResponseObject(BaseModel):
         return self.model_dump(exclude={"output"})
 
 
-def build_conversation(instructions: str | None, history: Sequence[Item], inputs: Sequence[Item]) -> Conversation:
-    """Build the conversation to answer; an assistant's message at the end of the input is continued.
-
-    Raises: Refused (there is nothing to answer).
-    """
-    items = (*history, *inputs)
-    turns: list[tuple[PlainRole, str]] = [(_plain_role(item.role), item.text) for item in items]
-    if instructions:
-        turns.insert(0, ("system", instructions))
-    if not turns or (items and not inputs and items[-1].role == "assistant"):
-        what = (
-            "the last message is the model's own" if turns else "there is no message, and there are no 'instructions'"
-        )
-        raise Refused(400, f"'input': there is nothing to answer: {what}", param="input")
-    return Conversation.from_turns(*turns)
+def failure(what: str) -> dict[str, Any]:
+    """The fields of a response that failed."""
+    return {"status": "failed", "error": {"code": "server_error", "message": what}, "incomplete_details": None}
 
 
 def plain_message(item: Item) -> dict[str, str]:
     """An item as a message of training data."""
-    return {"role": _plain_role(item.role), "content": item.text}
+    return {"role": plain_role(item.role), "content": item.text}
 
 
-def _plain_role(role: Role) -> PlainRole:
+def plain_role(role: Role) -> PlainRole:
+    """The role of a message in training data, where developers are the system."""
     return "system" if role == "developer" else role

@@ -14,11 +14,12 @@ from sqlalchemy import func, select
 from corral.cli import main
 from corral.serving import server
 from corral.serving.admission import ServerLimits
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore, KeyUsage, hash_key, today
 from corral.serving.model_loading import ModelOptions
 from corral.serving.protocol import RequestLimits
-from corral.serving.store import ConversationStore, Item, ItemRow, Page
+from corral.serving.store import Item, Page
 from tests.answering.test_settings import write_run
 
 
@@ -78,7 +79,7 @@ def test_a_revoked_key_is_deleted_with_its_usage_and_conversations(
         assert store.list_page(alice.id, Page()) == ([], False)
         assert len(store.list_page(bob.id, Page())[0]) == 1
         with opened.read_session() as session:
-            assert session.scalar(select(func.count()).select_from(ItemRow)) == 0
+            assert session.scalar(select(func.count()).select_from(Item)) == 0
         assert main(["keys", "revoke", "bob", *database]) == 0
         assert main(["keys", "delete", "bob", *database]) == 0
     assert "needs none" in capsys.readouterr().err

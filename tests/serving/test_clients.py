@@ -6,10 +6,12 @@ from http.cookies import SimpleCookie
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from corral.serving.admission import Admission
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
+from corral.serving.store import StoredResponse
 from tests.serving.conftest import JSON, RunningServer, Serve, bearer, openai_client
 
 PATH = "/v1/conversations"
@@ -54,7 +56,7 @@ def test_a_browser_keeps_its_token_as_a_cookie_that_scripts_cannot_read(server: 
     assert cookie.value == headers["x-corral-client"]
     assert len(cookie.value) == 32, "128 bits"
     assert cookie["httponly"]
-    assert (cookie["samesite"], cookie["path"]) == ("lax", PATH)
+    assert (cookie["samesite"], cookie["path"]) == ("lax", "/v1")
     assert listed(server, {"cookie": f"a=b; corral_client={cookie.value}"}) == [id_]
     for bad in ("", "x" * 32, cookie.value * 2, cookie.value.upper() + "A"):
         assert listed(server, {"cookie": f"corral_client={bad}"}) == []
@@ -71,6 +73,27 @@ def test_the_id_of_a_conversation_is_the_key_to_it(server: RunningServer) -> Non
         assert len(one.conversations.items.list(conversation.id).data) == 2
         other.conversations.delete(conversation.id)
     assert server.call("GET", f"{PATH}/{conversation.id}")[0] == 404
+
+
+def test_responses_are_counted_by_client_too(server: RunningServer, sqlite: Database) -> None:
+    def respond(headers: Any = JSON, **place: str) -> Any:
+        status, body, received = server.call(
+            "POST", "/v1/responses", {"model": "m", "input": "Hi", **place}, {**JSON, **headers}
+        )
+        assert status == 200, body
+        return received
+
+    conversation, headers = new_conversation(server)
+    theirs = {"x-corral-client": headers["x-corral-client"]}
+    respond(conversation=conversation)
+    respond(theirs)
+    new = respond()["x-corral-client"]
+    respond({"cookie": f"corral_client={new}"})
+    with sqlite.read_session() as session:
+        ids = list(session.scalars(select(StoredResponse.client).order_by(StoredResponse.number)))
+    assert ids[0] == ids[1], "in a conversation it belongs to who began that"
+    assert ids[2] == ids[3]
+    assert len({*ids}) == 2
 
 
 def test_with_keys_the_key_says_who_asks(serve: Serve, sqlite: Database) -> None:

@@ -22,11 +22,11 @@ from corral.errors import DatabaseError, MissingExtraError
 from corral.serving import database as module
 from corral.serving import keys, store
 from corral.serving.database import VERSION_TABLE, Base, Database, default_url, run_in_thread
-from corral.serving.store import ConversationRow
+from corral.serving.store import StoredConversation
 from tests.conftest import unprivileged
 from tests.serving.postgres import PostgreSQL
 
-TABLES = {store.ConversationRow.__tablename__, keys.KeyRow.__tablename__}
+TABLES = {store.StoredConversation.__tablename__, keys.Key.__tablename__}
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def differences(url: str) -> list[Any]:
         )
 
 
-def conversation(owner: str = "k", number: int = 0) -> ConversationRow:
-    return ConversationRow(id=f"conv_{number:032x}", owner=owner, created_at=1, labels={})
+def conversation(owner: str = "k", number: int = 0) -> StoredConversation:
+    return StoredConversation(id=f"conv_{number:032x}", owner=owner, created_at=1, labels={})
 
 
 def test_a_new_file_and_its_folder_are_readable_only_by_their_owner(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_failed_transaction_is_rolled_back(sqlite: Database) -> None:
     with pytest.raises(KeyError):
         fail()
     with sqlite.write_session() as session:
-        assert session.query(ConversationRow).count() == 0
+        assert session.query(StoredConversation).count() == 0
 
 
 def test_writers_wait_for_each_other_and_readers_do_not_wait(sqlite: Database) -> None:
@@ -200,7 +200,7 @@ def test_writers_wait_for_each_other_and_readers_do_not_wait(sqlite: Database) -
     def count() -> None:
         for _ in range(25):
             with sqlite.write_session() as session:
-                row = session.query(ConversationRow).one()
+                row = session.query(StoredConversation).one()
                 row.items += 1
 
     threads = [threading.Thread(target=count) for _ in range(3)]
@@ -209,10 +209,10 @@ def test_writers_wait_for_each_other_and_readers_do_not_wait(sqlite: Database) -
     for thread in threads:
         thread.join()
     with sqlite.write_session() as writer:
-        writer.query(ConversationRow).one().items += 1
+        writer.query(StoredConversation).one().items += 1
         writer.flush()
         with sqlite.read_session() as reader:
-            assert reader.query(ConversationRow).one().items == 75, "what was committed, at once"
+            assert reader.query(StoredConversation).one().items == 75, "what was committed, at once"
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -223,7 +223,7 @@ def test_writing_a_file_locked_by_another_program_fails_and_reading_works(url: s
             with pytest.raises(DatabaseError, match="locked"), each.write_session() as session:
                 session.execute(text("SELECT 1"))
             with each.read_session() as session:
-                assert session.query(ConversationRow).count() == 0
+                assert session.query(StoredConversation).count() == 0
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -241,7 +241,7 @@ def test_a_separate_pool_has_connections_when_all_others_are_in_use(sqlite: Data
 
     def count(pool: Database) -> int:
         with pool.read_session() as session:
-            return session.query(ConversationRow).count()
+            return session.query(StoredConversation).count()
 
     with contextlib.ExitStack() as taken:
         for _ in range(15):
@@ -281,7 +281,7 @@ def test_a_full_disk_is_reported_as_an_error(sqlite: Database) -> None:
     with pytest.raises(DatabaseError, match="full"):
         fill()
     with sqlite.read_session() as session:
-        assert session.query(ConversationRow).count() == 0
+        assert session.query(StoredConversation).count() == 0
 
 
 @pytest.mark.full
@@ -324,9 +324,9 @@ def test_a_restarted_postgresql_is_used_again(postgres: PostgreSQL) -> None:
         session.add(conversation())
     postgres.stop()
     with pytest.raises(DatabaseError) as caught, database.read_session() as session:
-        session.query(ConversationRow).count()
+        session.query(StoredConversation).count()
     assert postgres.password not in str(caught.value)
     postgres.start()
     with database.read_session() as session:
-        assert session.query(ConversationRow).count() == 1
+        assert session.query(StoredConversation).count() == 1
     database.close()

@@ -175,6 +175,36 @@ def test_keys_are_read_from_lines_without_a_file_or_a_database() -> None:
     assert secrets.usage_on("2026-01-01") == {}
 
 
+def test_a_bad_line_leaves_the_last_good_keys_and_is_logged_once_for_each_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice={SECRET}\n")
+    secrets = SecretKeys(file)
+    assert [key.name for key in secrets.all()] == ["alice"]
+    for number, bad in enumerate((f"bob={SECRET}2\nalice=short\n", f"bob={SECRET}2\n\nalice=too-short\n", None), 1):
+        file.unlink() if bad is None else file.write_text(bad)
+        for _ in range(3):
+            assert [key.name for key in secrets.all()] == ["alice"], "not half of a file"
+        assert len(caplog.messages) == number
+    assert f"this line holds no key ({file}, line 2); the keys read before stay valid: write NAME=SECRET" in caplog.text
+    assert f"({file}, line 3)" in caplog.text
+    assert "No such file" in caplog.text
+    assert SECRET not in caplog.text
+    file.write_text(f"bob={SECRET}2\n")
+    assert [key.name for key in secrets.all()] == ["bob"], "a good file takes keys back"
+    file.write_text("")
+    assert secrets.all() == []
+    assert len(caplog.messages) == 3
+
+
+def test_a_bad_line_in_the_environment_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRAL_API_KEYS", f"alice={SECRET}\nbob")
+    with pytest.raises(InputError, match="holds no key") as caught:
+        open_keys(None)
+    assert caught.value.where == "environment variable CORRAL_API_KEYS, line 2"
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.errors import Refused
 from corral.serving.response_store import PendingResponse, ResponseStore
-from corral.serving.store import ConversationStore, Item, ItemRow, Page, ResponseRow, StorageLimits, new_id
-from tests.serving.test_store import items_of, items_saying, status_of, texts
+from corral.serving.store import Item, Page, StorageLimits, StoredResponse, new_id
+from tests.serving.test_conversation_store import items_of, items_saying, status_of, texts
 
 
 class Stores(ConversationStore):
@@ -58,7 +59,7 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
     item = items_of(store, conversation.id)[0].id
     mine = turn("more", conversation=conversation.id)
     run_turn(store, mine)
-    before = store.get("a", conversation.id), texts_of(store, conversation.id)
+    before = store.get("a", conversation.id).labels, texts_of(store, conversation.id)
     turns = store.responses
     for who, id_, response in (
         ("b", conversation.id, mine.id),
@@ -81,7 +82,7 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
             lambda who=who, id_=response: turns.delete(who, id_),
         ]
         assert [status_of(call) for call in calls] == [404] * len(calls)
-    assert (store.get("a", conversation.id), texts_of(store, conversation.id)) == before
+    assert (store.get("a", conversation.id).labels, texts_of(store, conversation.id)) == before
 
 
 def test_a_turn_is_given_all_of_a_conversation_that_is_nearly_full(database: Database) -> None:
@@ -123,9 +124,9 @@ def test_the_oldest_responses_of_an_owner_are_deleted_for_new_ones(database: Dat
     for each in mine[7:]:
         assert [*texts(store.responses.list_inputs("a", each.id, Page())[0]), "Yes."] == [
             *texts(each.inputs),
-            *texts(store.responses.get("a", each.id).outputs),
+            *texts(store.responses.get("a", each.id)[1]),
         ]
-    assert store.responses.get("b", theirs.id)
+    assert store.responses.get("b", theirs.id)[1]
 
 
 @pytest.mark.parametrize("place", ["alone", "in a conversation"])
@@ -140,11 +141,11 @@ def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(p
         store.responses.finish(each, body, Item.new("assistant", ["y" * 1000]), is_kept=True)
         last = each.id
     with database.read_session() as session:
-        held = session.query(ResponseRow).all()
-        items = session.query(ItemRow).where(ItemRow.conversation.is_(None)).all()
+        held = session.query(StoredResponse).all()
+        items = session.query(Item).where(Item.conversation.is_(None)).all()
         kept = sum(len(json.dumps(row.body)) for row in held) + sum(item.bytes for item in items)
     assert 20_000 < kept < 50_000 + 2000, "the answer that crosses it is still stored"
-    assert texts(store.responses.get("a", last).outputs) == ["y" * 1000]
+    assert texts(store.responses.get("a", last)[1]) == ["y" * 1000]
     if where:
         assert len(texts_of(store, where["conversation"])) == 60, "what they say stays in their conversation"
     before = rows(database)
@@ -296,9 +297,9 @@ def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(dat
         time.sleep(0.4)
         store.responses.renew_leases([dead.id])
     assert status_of(lambda: store.responses.begin(turn("early", conversation=conversation.id), {})) == 409
-    assert not store.responses.get("a", dead.id).is_lost
+    assert not store.responses.get("a", dead.id)[0].is_lost
     time.sleep(1.1)
-    assert store.responses.get("a", dead.id).is_lost
+    assert store.responses.get("a", dead.id)[0].is_lost
     next_ = turn("next", conversation=conversation.id)
     assert store.responses.begin(next_, {}) == []
     # It was not dead, only late: the conversation belongs to the other turn now.
@@ -315,12 +316,12 @@ def test_responses_without_a_conversation_are_deleted_after_response_days(databa
     for each in (old, in_conversation, new):
         run_turn(store, each)
     with database.write_session() as session:
-        for row in session.query(ResponseRow).where(ResponseRow.id.in_([old.id, in_conversation.id])):
+        for row in session.query(StoredResponse).where(StoredResponse.id.in_([old.id, in_conversation.id])):
             row.created_at -= 31 * 86400
     run_turn(Stores(database, StorageLimits(response_days=30)), turn("today"))
     assert status_of(lambda: store.responses.get("a", old.id)) == 404
-    assert texts(store.responses.get("a", in_conversation.id).outputs) == ["Yes."]
-    assert texts(store.responses.get("a", new.id).outputs) == ["Yes."]
+    assert texts(store.responses.get("a", in_conversation.id)[1]) == ["Yes."]
+    assert texts(store.responses.get("a", new.id)[1]) == ["Yes."]
     with database.read_session() as session:
         count = (
             session.connection()

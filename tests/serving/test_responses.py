@@ -30,8 +30,8 @@ from corral.serving.responses_protocol import ResponsesRequest
 from tests.serving.conftest import Endless, Serve, openai_client, wait_for
 from tests.serving.stateful import ASK, echo_engine, echoed, list_items
 from tests.serving.test_app import breaking
+from tests.serving.test_conversation_store import items_of
 from tests.serving.test_response_store import Stores
-from tests.serving.test_store import items_of
 
 
 @pytest.fixture

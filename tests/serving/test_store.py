@@ -1,140 +1,127 @@
-"""Stored conversations: whose they are, in what order their items come, and how much of them is kept and read at once."""
+"""Who has to make room for others where all clients share what a server stores: floods of real rows on small limits."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-
 import pytest
+from sqlalchemy import func, select
 
 from corral.serving.database import Database
 from corral.serving.errors import Refused
-from corral.serving.store import ConversationStore, Item, Page, StorageLimits
+from corral.serving.store import HOUR, Page, StorageLimits, StoredConversation, StoredResponse
+from tests.serving.test_conversation_store import items_of, items_saying
+from tests.serving.test_response_store import Stores, run_turn, turn
+
+LIMITS = StorageLimits(max_conversations=20, max_responses=20)
 
 
-@pytest.fixture
-def store(database: Database) -> ConversationStore:
-    return ConversationStore(database)
+def held(database: Database, kind: type[StoredConversation | StoredResponse]) -> dict[str, int]:
+    """How much each client has."""
+    with database.read_session() as session:
+        query = select(kind.client, func.count()).where(kind.owner == "").group_by(kind.client)
+        return dict(session.execute(query).tuples().all())
 
 
-def items_saying(*texts: str) -> list[Item]:
-    """A user's and an assistant's items, by turns."""
-    return [Item.new("assistant" if i % 2 else "user", [text]) for i, text in enumerate(texts)]
+def make_older(database: Database, client: str, hours: int = 1) -> None:
+    """Let a client have come so many hours ago."""
+    with database.write_session() as session:
+        for kind in (StoredConversation, StoredResponse):
+            for row in session.scalars(select(kind).where(kind.client == client)):
+                row.created_at -= hours * HOUR
 
 
-def texts(items: Sequence[Item]) -> list[str]:
-    return [item.text for item in items]
+def create(store: Stores, client: str, size: int = 0) -> str:
+    return store.create("", {}, items_saying("x" * size) if size else (), client).id
 
 
-def items_of(store: ConversationStore, id_: str, owner: str = "a") -> list[Item]:
-    """All items of a conversation, in order."""
-    return list(itertools.chain.from_iterable(store.iterate_items(owner, id_)))
+def respond(store: Stores, client: str) -> str:
+    each = turn("x", owner="", client=client)
+    run_turn(store, each)
+    return each.id
 
 
-def status_of(call: Callable[[], object]) -> int:
+def test_a_flood_of_conversations_costs_the_client_that_sends_it(database: Database) -> None:
+    store = Stores(database, LIMITS)
+    hers = [create(store, "alice") for _ in range(3)]
+    for _ in range(17):
+        create(store, "flood")
+    for _ in range(30):
+        with pytest.raises(Refused, match="at most 20 conversations are kept: delete some"):
+            create(store, "flood")
+    assert held(database, StoredConversation) == {"alice": 3, "flood": 17}, (
+        "nothing is deleted while nobody else needs room"
+    )
+    hers += [create(store, "alice") for _ in range(6)]
+    create(store, "bob")
+    assert held(database, StoredConversation) == {"alice": 9, "bob": 1, "flood": 10}
+    assert {each.id for each in store.list_page("", Page(limit=100), "alice")[0]} == set(hers)
+
+
+def test_a_flood_from_ever_new_clients_costs_those_who_came_with_it(database: Database) -> None:
+    store = Stores(database, LIMITS)
+    hers = [create(store, "alice") for _ in range(3)]
+    make_older(database, "alice")
+    for number in range(100):
+        create(store, f"flood-{number}")
+    assert {each.id for each in store.list_page("", Page(limit=100), "alice")[0]} == set(hers)
+    assert sum(held(database, StoredConversation).values()) == 20
+    for _ in range(7):
+        create(store, "alice")
+        create(store, "one more of the flood")
+    assert held(database, StoredConversation)["alice"] >= 9, "half of the room, as much as all of the flood"
+    assert create(store, "newcomer"), "even during a flood"
+
+
+@pytest.mark.parametrize("each", ["of one client", "of ever new clients"])
+def test_a_flood_of_responses_leaves_those_of_other_clients(each: str, database: Database) -> None:
+    store = Stores(database, LIMITS)
+    hers = [respond(store, "alice") for _ in range(5)]
+    make_older(database, "alice")
+    flood = [respond(store, "flood" if each == "of one client" else f"flood-{number}") for number in range(60)]
+    assert [store.responses.get("", id_)[0].client for id_ in hers] == ["alice"] * 5
+    assert store.responses.get("", flood[-1])[1], "the newest of the flood"
+    assert sum(held(database, StoredResponse).values()) == 20
+
+
+def test_a_flood_of_bytes_costs_the_client_that_sends_it(database: Database) -> None:
+    store = Stores(database, StorageLimits(max_total_bytes=100_000, max_responses_bytes=100_000))
+    hers = [create(store, "alice", 3000) for _ in range(5)]
+    make_older(database, "alice")
+    for _ in range(14):
+        create(store, "flood", 5000)
     with pytest.raises(Refused) as caught:
-        call()
-    return caught.value.status
+        create(store, "flood", 5000)
+    assert caught.value.code == "storage_full"
+    for number in range(50):
+        create(store, f"flood-{number}", 100)
+    assert {each.id for each in store.list_page("", Page(limit=100), "alice")[0]} == set(hers)
+    store.add_items("", hers[0], items_saying("y" * 20_000))
+    assert len(items_of(store, hers[0], "")) == 2, "she has room, and the flood has less"
 
 
-def test_stored_conversations_survive_reopening_the_database(database_url: str) -> None:
-    odd = "a zero byte \0, a 漢, and half a character \ud800"
-    first = Database(database_url)
-    conversation = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
-    first.close()
-    second = Database(database_url)
-    reopened = ConversationStore(second)
-    stored, items = reopened.get("a", conversation.id), items_of(reopened, conversation.id)
-    second.close()
-    assert (stored, items[0].texts) == (conversation, ("one", odd))
-    assert items[0].text == "one" + odd
+def test_a_conversation_that_is_being_answered_makes_no_room(database: Database) -> None:
+    store = Stores(database, StorageLimits(max_conversations=3))
+    pending = turn("x", owner="", conversation=create(store, "flood"))
+    store.responses.begin(pending, {})
+    later = [create(store, "flood") for _ in range(2)]
+    with pytest.raises(Refused):
+        create(store, "flood")
+    for client in ("alice", "bob"):
+        create(store, client)
+    assert held(database, StoredConversation) == {"alice": 1, "bob": 1, "flood": 2}, (
+        "one more than the limit, for a moment"
+    )
+    assert store.get("", later[1])
+    store.responses.finish(pending, {}, None, is_kept=True)
+    assert store.get("", str(pending.conversation)).items == 1
 
 
-def test_paging_visits_every_item_once_in_both_orders(store: ConversationStore) -> None:
-    conversation = store.create("a", {}, items_saying(*map(str, range(7))))
-    for ascending in (False, True):
-        order = [str(i) for i in range(7)][:: 1 if ascending else -1]
-        seen: list[Item] = []
-        mores: list[bool] = []
-        while not mores or mores[-1]:
-            after = seen[-1].id if seen else None
-            items, has_more = store.list_items("a", conversation.id, Page(after, 3, ascending))
-            seen += items
-            mores.append(has_more)
-        assert texts(seen) == order
-        assert mores == [True, True, False]
-
-
-def test_a_page_cursor_that_is_not_in_the_list_gives_400(store: ConversationStore) -> None:
-    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
-    foreign = items_of(store, other.id)[0].id
-    for id_ in (foreign, "msg_" + "0" * 32, "", "\0", "'; DROP TABLE items"):
-        assert status_of(lambda id_=id_: store.list_items("a", conversation.id, Page(after=id_))) == 400
-        assert status_of(lambda id_=id_: store.list_page("a", Page(after=id_))) == 400
-
-
-def test_an_item_of_one_conversation_is_not_found_in_another(store: ConversationStore) -> None:
-    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
-    item = items_of(store, conversation.id)[0]
-    assert store.get_item("a", conversation.id, item.id) == item
-    assert status_of(lambda: store.get_item("a", other.id, item.id)) == 404
-    assert status_of(lambda: store.delete_item("a", other.id, item.id)) == 404
-
-
-def many_parts(count: int, times: int = 1) -> list[Item]:
-    return [Item.new("user", [""] * count) for _ in range(times)]
-
-
-def ids(items: Sequence[Item]) -> list[str]:
-    return [item.id for item in items]
-
-
-def test_empty_message_parts_count_towards_the_stored_bytes(database: Database) -> None:
-    assert [Item.new("user", texts).bytes for texts in ([], [""], ["ü"], ["ü", ""], [""] * 101)] == [0, 0, 2, 66, 6400]
-    store = ConversationStore(database, StorageLimits(max_bytes=64_000))
-    conversation = store.create("a", {}, many_parts(501))
-    for items in (many_parts(502), many_parts(300, times=2)):
-        with pytest.raises(Refused) as caught:
-            store.add_items("a", conversation.id, items)
-        assert caught.value.code == "conversation_full"
-    store.add_items("a", conversation.id, many_parts(501))
-    item = store.list_items("a", conversation.id, Page())[0][0]
-    store.delete_item("a", conversation.id, item.id)
-    store.add_items("a", conversation.id, many_parts(501))
-
-
-def test_a_page_of_long_items_ends_early_and_the_next_continues(database: Database) -> None:
-    store = ConversationStore(database)
-    long = [Item.new("user", ["x" * 300_000]) for _ in range(10)]
-    conversation = store.create("a", {}, [*long, *many_parts(1, times=5)])
-    for ascending in (True, False):
-        whole = ids(items_of(store, conversation.id))[:: 1 if ascending else -1]
-        seen: list[str] = []
-        has_more = True
-        while has_more:
-            items, has_more = store.list_items("a", conversation.id, Page(seen[-1] if seen else None, 100, ascending))
-            assert sum(item.bytes for item in items) <= 2**18 + 300_000
-            seen += ids(items)
-        assert seen == whole
-
-
-def test_all_items_are_read_in_bounded_pages_without_those_added_meanwhile(store: ConversationStore) -> None:
-    long = [Item.new("user", ["x" * 100_000]) for _ in range(9)]
-    conversation = store.create("a", {}, long)
-    pages = store.iterate_items("a", conversation.id)
-    read = [next(pages)]
-    store.add_items("a", conversation.id, items_saying("added"))
-    store.delete_item("a", conversation.id, long[4].id)
-    read += pages
-    assert [item for page in read for item in page] == long[:4] + long[5:]
-    assert max(sum(item.bytes for item in page) for page in read) < 2**18 + 100_000
-    empty = store.create("a", {})
-    assert items_of(store, empty.id) == []
-
-
-def test_reading_all_items_of_a_deleted_conversation_fails(store: ConversationStore) -> None:
-    conversation = store.create("a", {}, [Item.new("user", ["x" * 300_000]) for _ in range(2)])
-    pages = store.iterate_items("a", conversation.id)
-    assert len(next(pages)) == 1
-    store.delete("a", conversation.id)
-    assert status_of(lambda: next(pages)) == 404
+def test_what_is_kept_with_a_key_is_never_deleted_for_others(database: Database) -> None:
+    store = Stores(database, LIMITS)
+    mine = store.create("a", {}).id
+    for number in range(50):
+        create(store, f"flood-{number}")
+    assert store.get("a", mine)
+    for _ in range(19):
+        store.create("a", {})
+    with pytest.raises(Refused, match="at most 20 conversations are kept: delete some"):
+        store.create("a", {})

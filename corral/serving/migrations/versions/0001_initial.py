@@ -32,13 +32,14 @@ def _create_conversations() -> None:
         sa.UniqueConstraint("id", name="uq_conversations_id"),
     )
     op.create_index("ix_conversations_lease_owner", "conversations", ["lease_owner"])
-    op.create_index("ix_conversations_owner_client_number", "conversations", ["owner", "client", "number"])
-    op.create_index("ix_conversations_owner_items_bytes", "conversations", ["owner", "items", "bytes"])
+    columns = ["owner", "client", "number", "created_at", "items", "bytes"]
+    op.create_index(f"ix_conversations_{'_'.join(columns)}", "conversations", columns)
     op.create_table(
         "responses",
         sa.Column("number", _NUMBER, nullable=False),
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("owner", sa.String(64), nullable=False),
+        sa.Column("client", sa.String(64), nullable=False),
         sa.Column("conversation", _NUMBER, nullable=True),
         sa.Column("previous", sa.String(64), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -56,7 +57,8 @@ def _create_conversations() -> None:
     )
     op.create_index("ix_responses_conversation", "responses", ["conversation"])
     op.create_index("ix_responses_created_at", "responses", ["created_at"])
-    op.create_index("ix_responses_owner_number_bytes", "responses", ["owner", "number", "bytes"])
+    columns = ["owner", "client", "number", "created_at", "bytes"]
+    op.create_index(f"ix_responses_{'_'.join(columns)}", "responses", columns)
     op.create_table(
         "items",
         sa.Column("number", _NUMBER, nullable=False),
