@@ -67,7 +67,7 @@ def side_overhead(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for what in ("bare", "served"):
         with running(what, DELAY) as process:
-            figures[what] = quantiles(asyncio.run(_beside_streams(process.client.ask, options.seconds)))
+            figures[what] = quantiles(asyncio.run(_beside_streams(process.connect().ask, options.seconds)))
     show("overhead", figures)
     return figures
 
@@ -93,7 +93,7 @@ def side_rate(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         for what in ("bare", "served"):
             with running(what, DELAY) as process:
-                for clients, figure in asyncio.run(_stream_rates(process.client.ask)).items():
+                for clients, figure in asyncio.run(_stream_rates(process.connect().ask)).items():
                     figures[clients][what].append(figure)
     show("rate", figures)
     return figures
@@ -121,7 +121,7 @@ def side_streams(_: argparse.Namespace) -> dict[str, Any]:
         return await asyncio.gather(*(client.ask(request(expected, stream=True)) for _ in range(CLIENTS)))
 
     with running("served", 0.02) as process:
-        replies = asyncio.run(work(process.client))
+        replies = asyncio.run(work(process.connect()))
     errors = sum(not whole(reply, expected) for reply in replies)
     figures = {"clients": CLIENTS, "errors": errors, "seconds": quantiles([reply.seconds for reply in replies])}
     show("streams", figures)
@@ -163,7 +163,7 @@ def side_stall(options: argparse.Namespace) -> dict[str, Any]:
 
 async def _hostile(process: Process, scale: float) -> dict[str, tuple[int, float]]:
     """Status and stall of each hostile request, of a server that nothing else uses."""
-    client = process.client
+    client = process.connect()
     created = await client.send("POST", serve_fuzz.CONVERSATIONS, b"{}")
     conversation: str = json.loads(created.body)["id"]
     items = json.dumps({"items": serve_fuzz.prepare(20)}).encode()
@@ -191,7 +191,7 @@ def side_batch(options: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []
     for _ in range(options.rounds):
         with running("served", 0) as process:
-            served = asyncio.run(_served(process.client, rows))
+            served = asyncio.run(_served(process.connect(), rows))
         rounds.append({"served": served, "batch": _batched(rows)})
     show("batch", rounds)
     return {"rounds": rounds, "prompts": PROMPTS, "most_tokens": ANSWER}
@@ -253,8 +253,9 @@ async def _overloaded(process: Process, rate: float, seconds: float) -> tuple[li
             memory.append(resident_mb(process.pid))
             await asyncio.sleep(seconds / 100)
 
+    ask = process.connect().ask
     watching = asyncio.ensure_future(watch())
-    replies = await open_loop(rate, seconds, lambda due: process.client.ask(request(TOKENS), due))
+    replies = await open_loop(rate, seconds, lambda due: ask(request(TOKENS), due))
     watching.cancel()
     return replies, memory
 

@@ -31,15 +31,18 @@ _TICK_SECONDS = 0.002
 
 
 class Process:
-    """A running process of this module, and a client of what it serves."""
+    """A running process of this module."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.pid = process.pid
         self._input, self._output = process.stdin, process.stdout
-        port, *key = self._output.readline().split()
-        self.client = Client(int(port), key[0]) if key else BareClient(int(port))
+        self._port, *self._key = self._output.readline().split()
+
+    def connect(self) -> Any:
+        """A client of what it serves, for one event loop."""
+        return Client(int(self._port), self._key[0]) if self._key else BareClient(int(self._port))
 
     def longest_stall_ms(self) -> float:
         """For how long the event loop ran nothing else, at most, since the last call."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # No test may reach a model hub: what it needs comes from packages or is created here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A background shell and nohup ignore these signals, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try each property on fewer examples where the tests marked `full` are left out. No example has a time limit: what a
+    first call imports would count against one."""
+    settings.register_profile("full", deadline=None)
+    settings.register_profile("quick", deadline=None, max_examples=30)
+    settings.load_profile("quick" if config.option.markexpr == "not full" else "full")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -229,6 +238,14 @@ def finished_run(tiny_folder: Path, shared_folder: Path) -> Path:
         assert done.returncode == 0, done.stderr
 
     return build_once(shared_folder / "finished", build) / "run"
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports that this process writes have pictures of one pixel; so have those of `tests.forked`."""
+    from tests import unrendered
+
+    monkeypatch.setattr("corral.report.plots._picture", unrendered.picture)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,14 @@ def start_corral(*args: object, **settings: Any) -> Forked:
 def corral(*args: object, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end; for the settings see `Forked`."""
     return start_corral(*args, **settings).finish()
+
+
+def rank_environments(count: int = 2) -> list[dict[str, str]]:
+    """The environments in which torchrun starts the processes of one run, with a free port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
+    return [{**os.environ, **world, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(count)]
 
 
 def _call(target: Callable[..., Any], arguments: Any, streams: Path, cwd: Path, env: Mapping[str, str]) -> None:

@@ -20,5 +20,8 @@ import corral.cli
 import corral.pipeline.execution
 import corral.report.write  # noqa: F401
 import tests.invariants.work  # noqa: F401
+from corral.report import plots
+from tests import unrendered
 
+plots._picture = unrendered.picture
 gc.freeze()  # collections in the other processes need not look at what was imported

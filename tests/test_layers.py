@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import importlib
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
@@ -18,6 +26,7 @@ LAYERS = {
     5: ["chat", "serving"],
     6: ["cli", "__main__"],
 }
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 
@@ -103,27 +112,34 @@ def test_help_needs_no_heavy_package() -> None:
 
 def test_every_module_is_imported_where_posix_only_modules_are_missing() -> None:
     """As on Windows. Other packages have their own ways there, so that only imports by corral are refused."""
-    code = """
-import builtins, importlib, os, signal, sys
-POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
-original = builtins.__import__
-def refuse(name, globals=None, locals=None, fromlist=(), level=0):
-    if name in POSIX_ONLY and (globals or {}).get("__name__", "").startswith("corral."):
-        raise ModuleNotFoundError(f"{globals['__name__']} imports {name}", name=name)
-    return original(name, globals, locals, fromlist, level)
-builtins.__import__ = refuse
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-for module, names in ((os, ("geteuid", "sched_getaffinity", "sysconf")), (signal, ("SIGHUP", "SIGKILL"))):
-    for name in names:
-        delattr(module, name)
-from corral import interrupts, system
-from corral.run.directory import environment
-assert system.peak_memory() is system.total_memory() is system.process_limit("NOFILE") is None
-assert environment()["memory_bytes"] is None
-with importlib.reload(interrupts).Interrupts():
-    pass
-"""
     names = [name for name in modules() if name != "corral.__main__" and ".migrations" not in name]
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    done = Forked(import_as_on_windows, names).finish()
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{len(names)} imported\n"
+
+
+def import_as_on_windows(names: Sequence[str]) -> None:
+    """Import the modules anew without the modules of POSIX, and use what asks the system."""
+    original: Any = builtins.__import__
+
+    def refuse(name: str, variables: Any = None, *others: Any, **options: Any) -> Any:
+        importer = (variables or {}).get("__name__", "")
+        if name in POSIX_ONLY and importer.startswith("corral."):
+            raise ModuleNotFoundError(f"{importer} imports {name}", name=name)
+        return original(name, variables, *others, **options)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "corral"]:
+        del sys.modules[name]
+    builtins.__import__ = refuse
+    for name in names:
+        importlib.import_module(name)
+    for module, attributes in ((os, ("geteuid", "sched_getaffinity", "sysconf")), (signal, ("SIGHUP", "SIGKILL"))):
+        for attribute in attributes:
+            delattr(module, attribute)
+    interrupts, system, directory = map(
+        importlib.import_module, ("corral.interrupts", "corral.system", "corral.run.directory")
+    )
+    assert system.peak_memory() is system.total_memory() is system.process_limit("NOFILE") is None
+    assert directory.environment()["memory_bytes"] is None
+    with importlib.reload(interrupts).Interrupts():
+        print(len(names), "imported")

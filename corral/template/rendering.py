@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import date
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from corral.errors import TemplateError
@@ -175,6 +176,7 @@ def _put_before(statements: str, source: str) -> str:
     return statements + ("\n" if source[:1].isspace() else "") + source
 
 
+@lru_cache(maxsize=32)  # the shipped ones, which many templates are compared with, and those in use
 def _compile(source: str) -> Any:
     """A Jinja2 template in transformers' sandbox; its generation blocks are rendered between two marks."""
     from jinja2 import nodes

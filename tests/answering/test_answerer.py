@@ -130,10 +130,9 @@ def test_tokens_carry_the_most_likely_ids_at_their_places(tiny_tokenizer: Any) -
 @example(text="a🙂b", stops=["🙂b", "a🙂c"], chunk=1, by_byte=True, logprobs=True)
 @example(text="abab", stops=["bab", "abab", "ba\n"], chunk=3, by_byte=False, logprobs=True)
 def test_streaming_in_any_chunks_is_the_whole_text_cut_at_the_first_stop_string(
-    text: str, stops: list[str], chunk: int, by_byte: bool, logprobs: bool, tiny_tokenizer: Any
+    text: str, stops: list[str], chunk: int, by_byte: bool, logprobs: bool, template: Template
 ) -> None:
-    template = Template.load(tiny_tokenizer, "chatml")
-    ids = ids_of(tiny_tokenizer, text, by_byte=by_byte)
+    ids = ids_of(template.tokenizer, text, by_byte=by_byte)
     engine = ScriptedEngine(ids, chunk=chunk)
     answer, deltas = ask(Answerer(engine, template), Sampling(max_tokens=500, n=2, logprobs=logprobs), stops)
     expected, end = cut(text, stops)

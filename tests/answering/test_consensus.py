@@ -98,7 +98,7 @@ def test_the_hybrid_counts_numbers_if_most_answers_have_one_else_compares_words(
 
 
 @pytest.mark.parametrize("method", ["rouge-l", "cosine", "majority", "rouge-l+math"])
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(texts=st.lists(st.text("ab 12", max_size=12), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_no_order_of_arrival_changes_the_vote(method: Method, texts: list[str], seed: int) -> None:
     consensus = votes(method, *texts)
@@ -117,7 +117,7 @@ ANSWERS = st.lists(
 
 
 @pytest.mark.parametrize("method", ["rouge-l", "cosine", "majority", "rouge-l+math"])
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(texts=ANSWERS)
 def test_a_lossless_stop_does_not_change_the_answer(method: Method, texts: list[str]) -> None:
     consensus = votes(method, *texts, stop="lossless")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forked import Forked
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -24,8 +27,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    return Forked(run_script, list(options), env=environment, cwd=folder).finish()
+
+
+def run_script(options: list[str]) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    sys.argv = ["gpu.py", *options]
+    runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
 
 
 def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,31 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.fixture(scope="module")
+def running() -> Generator[Callable[..., Any]]:
+    """As the benchmark's `running`; but sides that differ only in the engine's speed take the same process."""
+    started: dict[tuple[str, ...], Any] = {}
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.syspath_prepend(str(BENCHMARKS))
+        run = importlib.import_module("serve_process").running
+
+        @contextlib.contextmanager
+        def lend(what: str, delay: float, *options: str) -> Generator[Any]:
+            key = (what, *options)
+            if key not in started:
+                started[key] = stack.enter_context(run(what, delay, *options))
+            yield started[key]
+
+        yield lend
+
+
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+def serve(running: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark as a module, with few and short streams."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("serve")
     for name, value in {
+        "running": running,
         "RATE": 10,
         "STREAMS": 2,
         "CLIENTS": 4,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import settings
 
 from corral.data.example_store import Example, ExampleStore, ExampleWriter
 from corral.data.ledger import FATES
@@ -28,10 +27,6 @@ from corral.messages import Text, record_to_json
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.template import Template
-
-# What a first call imports would count against one example; how fast a machine is does not make a test fail.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 NONE_HELD_OUT = Split(validation=0, test=0)
 

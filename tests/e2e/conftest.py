@@ -41,7 +41,7 @@ def workspace(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_terminal(unrendered: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "CORRAL_CACHE"):
         monkeypatch.delenv(name, raising=False)
     os.environ["COLUMNS"] = "120"

@@ -6,8 +6,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from corral.data.prepare import Prepared
 from tests.batch.work import read_rows
 from tests.e2e.conftest import fail, succeed
+from tests.forked import start_corral
 
 STABLE_NAMES = (
     "recipe.toml",
@@ -41,11 +40,6 @@ def run(workspace: Path, *settings: str, redo: str | None = None) -> dict[str, s
     options += ["--redo", redo] if redo else []
     done = succeed("run", workspace / "r.toml", "--out", workspace / "run", "--json", *options)
     return json.loads(done.stdout)["stages"]
-
-
-def start(workspace: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "corral", "run", str(workspace / "r.toml"), "--out", str(workspace / "run")]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def read_json(path: Path) -> Any:
@@ -97,15 +91,15 @@ def test_a_second_run_skips_finished_stages_and_a_change_repeats_what_depends_on
 def test_after_ctrl_c_the_same_command_ends_with_the_weights_of_an_uninterrupted_run(
     workspace: Path, finished_run: Path
 ) -> None:
-    process = start(workspace)
+    process = start_corral("run", workspace / "r.toml", "--out", workspace / "run")
     log = workspace / "run/train-1-sft/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+    while process.is_running and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "the same command goes on from here" in errors
-    assert "Traceback" not in errors
+    stopped = process.finish()
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command goes on from here" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert not (workspace / "run/model").exists()
     assert run(workspace)["train-1-sft"] == "done"
     weights, expected = (
@@ -174,8 +168,9 @@ def test_a_finished_stage_that_lost_a_file_is_not_trained_again_unasked(run_copy
 
 def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
-    short = ("train.0.steps=2", "train.0.evaluate_rows=2", "evaluate.loss_rows=4", "evaluate.answer_rows=2")
-    sets = [part for s in (*short, "answer.max_tokens=16") for part in ("--set", s)]
+    short = ("train.0.steps=2", "train.0.batch_size=1", "train.0.evaluate_rows=2")
+    short += ("evaluate.loss_rows=4", "evaluate.answer_rows=1", "answer.max_tokens=8")
+    sets = [part for s in short for part in ("--set", s)]
     done = succeed("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
     assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
     ledger = read_json(tmp_path / "run/prepare/ledger.json")

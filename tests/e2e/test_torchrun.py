@@ -1,4 +1,7 @@
-"""`torchrun … -m corral run`: two processes give the run that one process gives, and only one reports."""
+"""`torchrun … -m corral run`: two processes give the run that one process gives, and only one reports.
+
+Tests that are not about the launcher fork the two processes themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 from corral.run.promotion import read_promotion
 from tests.conftest import write_rows
 from tests.e2e.test_alignment import write_preferences, write_recipe
+from tests.forked import rank_environments, start_corral
 from tests.training.tiny import read_metrics
 
 
@@ -33,6 +37,14 @@ def torchrun(folder: Path, *args: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def run_ranks(folder: Path, *args: object) -> tuple[list[int], str]:
+    """`corral run r.toml --out run` in two processes as torchrun would start them. Returns: their exit codes, their errors."""
+    command = ("run", folder / "r.toml", "--out", folder / "run", *args)
+    started = [start_corral(*command, cwd=folder, env=environment) for environment in rank_environments()]
+    done = [process.finish() for process in started]
+    return [each.returncode for each in done], "".join(each.stderr for each in done)
 
 
 def rank_1_pid(launcher: subprocess.Popen[str]) -> int:
@@ -78,9 +90,8 @@ def test_a_model_that_two_processes_aligned_is_compared_once_and_kept_aside_if_i
     write_preferences(tmp_path)
     write_recipe(tmp_path, tiny_folder, "dpo", "pairs.jsonl")
     changes = ("optimizer.lr=2e-2", "dpo.sft_weight=0", "guards.chosen_fall=0.99", "guards.loss_rise=0")
-    started = torchrun(tmp_path, *(f"--set=train.1.{change}" for change in changes))
-    _, error = started.communicate()
-    assert started.returncode != 0
+    codes, error = run_ranks(tmp_path, *(f"--set=train.1.{change}" for change in changes))
+    assert codes == [4, 4], error
     assert error.count("corral: the model of train-2-aligned is kept and not promoted: its held-out loss is") == 1, (
         error
     )
@@ -94,7 +105,6 @@ def test_a_model_that_two_processes_aligned_is_compared_once_and_kept_aside_if_i
 
 
 def test_an_error_that_all_processes_have_is_printed_once(workspace: Path) -> None:
-    started = torchrun(workspace, "--set", 'train.0.lora.targets=["none_such"]')
-    _, error = started.communicate()
-    assert started.returncode != 0
+    codes, error = run_ranks(workspace, "--set", 'train.0.lora.targets=["none_such"]')
+    assert 0 not in codes
     assert error.count("no linear layer called 'none_such'") == 1, error

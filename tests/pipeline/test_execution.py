@@ -34,6 +34,8 @@ from corral.run.promotion import read_promotion
 from corral.run.stage_record import StageFolder
 from tests.conftest import change_json, write_rows, write_workspace
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 class Said(Progress):
     """Progress that keeps what is said."""
