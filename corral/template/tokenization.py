@@ -5,12 +5,14 @@ Each piece is tokenised separately, so the ids of the first pieces do not depend
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from weakref import WeakValueDictionary
 
 from corral.errors import TemplateError
 from corral.template.rendering import SEPARATOR, Pieces
@@ -59,9 +61,8 @@ class PieceTokenizer:
         self._special_string = re.compile(f"(?=(?:{alternatives}))")
         self._separators = re.compile(f"({SEPARATOR}|{alternatives})")
         self._control_pattern = re.compile(alternatives)
-        config: dict[str, Any] = json.loads(self._backend.to_str())
-        self._split_words = split_words if words_keep_ids(config) else _keep_whole
-        self._encoders = _encoders(self._backend, config)
+        self._shared = _Encoders.of(self._backend)
+        self._split_words, self._encoders = self._shared.split_words, self._shared.encoders
         # A byte-level tokenizer has one encoder for all three: its texts are encoded in one call.
         self._first_equal = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
         # The ids of words, by encoder. Entries are never removed, as other threads may be reading.
@@ -175,17 +176,39 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast, source: str) -> tuple[st
     return tuple(sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t)))
 
 
-def _encoders(backend: Tokenizer, config: dict[str, Any]) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
+class _Encoders:
+    """What cuts and encodes text as one tokenizer does. It takes seconds to make for a large vocabulary, so that templates on
+    equal tokenizers share it."""
+
+    _in_use: ClassVar[WeakValueDictionary[bytes, _Encoders]] = WeakValueDictionary()
+
+    def __init__(self, serialised: str) -> None:
+        config: dict[str, Any] = json.loads(serialised)
+        self.split_words = split_words if words_keep_ids(config) else _keep_whole
+        self.encoders = _make_encoders(serialised, config)
+
+    @classmethod
+    def of(cls, backend: Tokenizer) -> _Encoders:
+        """Those of a tokenizer as it is now."""
+        serialised = backend.to_str()
+        digest = hashlib.sha256(serialised.encode()).digest()
+        found = cls._in_use.get(digest)
+        if found is None:
+            found = cls._in_use[digest] = cls(serialised)
+        return found
+
+
+def _make_encoders(serialised: str, config: dict[str, Any]) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     """Tokenizers for text at the start, after a special token, and within running text.
 
     SentencePiece-style tokenizers put a space before a text. When transformers tokenises a whole text, this happens at the
     start and, in the "legacy" form (a Prepend normalizer), after each special token, but never within running text.
-    Byte-level tokenizers make no difference. `config` is the tokenizer's JSON, and is changed.
+    Byte-level tokenizers make no difference. `serialised` is the tokenizer's JSON, and `config` its content, which is changed.
     """
     from tokenizers import Tokenizer
 
     before = config.get("pre_tokenizer")
-    encoders = [Tokenizer.from_str(backend.to_str())]
+    encoders = [Tokenizer.from_str(serialised)]
     changed = _replace_values(before, "Metaspace", {"prepend_scheme": {"first": "never"}})
     encoders.append(Tokenizer.from_str(json.dumps(config)) if changed else encoders[0])
     changed = _replace_values(before, "Metaspace", {"prepend_scheme": {"always": "never"}})

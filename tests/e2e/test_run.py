@@ -166,13 +166,17 @@ def test_a_finished_stage_that_lost_a_file_is_not_trained_again_unasked(run_copy
     assert run(run_copy.parent, redo="train-1-sft")["train-1-sft"] == "done"
 
 
-def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_the_quickstart_runs_on_the_real_model(exported: bool, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
     short = ("train.0.steps=2", "train.0.batch_size=1", "train.0.evaluate_rows=2")
     short += ("evaluate.loss_rows=4", "evaluate.answer_rows=1", "answer.max_tokens=8")
+    short += () if exported else ("export.gguf=[]", "export.openvino=[]")
     sets = [part for s in short for part in ("--set", s)]
     done = succeed("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
-    assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
+    stages = json.loads(done.stdout)["stages"]
+    assert set(stages.values()) == {"done"}
+    assert ("export" in stages) == exported
     ledger = read_json(tmp_path / "run/prepare/ledger.json")
     assert ledger["rows"] == 3129 == sum(ledger["fates"].values())
     loss = read_json(tmp_path / "run/evaluate/scorecard.json")["variants"]["base"]["metrics"]["loss"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from corral.run.promotion import read_promotion
 from tests.conftest import write_rows
@@ -39,12 +40,17 @@ def torchrun(folder: Path, *args: object) -> subprocess.Popen[str]:
     )
 
 
-def run_ranks(folder: Path, *args: object) -> tuple[list[int], str]:
-    """`corral run r.toml --out run` in two processes as torchrun would start them. Returns: their exit codes, their errors."""
+def run_ranks(folder: Path, *args: object) -> tuple[list[int], str, str]:
+    """`corral run r.toml --out run` in two processes as torchrun would start them.
+
+    Returns: the exit code of each, the output of both, the errors of both.
+    """
     command = ("run", folder / "r.toml", "--out", folder / "run", *args)
-    started = [start_corral(*command, cwd=folder, env=environment) for environment in rank_environments()]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives rank 0
+    settings = {"MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [start_corral(*command, cwd=folder, env=environment | settings) for environment in rank_environments()]
     done = [process.finish() for process in started]
-    return [each.returncode for each in done], "".join(each.stderr for each in done)
+    return [each.returncode for each in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
 
 
 def rank_1_pid(launcher: subprocess.Popen[str]) -> int:
@@ -67,9 +73,8 @@ def test_after_one_of_two_processes_is_killed_the_run_resumes_to_the_result_of_o
     assert started.returncode != 0
     # Rank 0 loses its peer and gets SIGTERM from torchrun within milliseconds of each other.
     assert re.search("corral: another process of this run has ended|stopped; the same command goes on from here", error)
-    done = torchrun(workspace, "--json", "--set", "train.0.sharding=full")
-    out, error = done.communicate()
-    assert done.returncode == 0, error
+    codes, out, error = run_ranks(workspace, "--json", "--set", "train.0.sharding=full")
+    assert codes == [0, 0], error
     assert set(json.loads(out)["stages"]) == {"prepare", "train-1-sft", "evaluate", "report"}
     assert len(re.findall("rows to train on", error)) <= 1
     metrics, expected = read_metrics(stage), read_metrics(finished_run / "train-1-sft")
@@ -90,7 +95,7 @@ def test_a_model_that_two_processes_aligned_is_compared_once_and_kept_aside_if_i
     write_preferences(tmp_path)
     write_recipe(tmp_path, tiny_folder, "dpo", "pairs.jsonl")
     changes = ("optimizer.lr=2e-2", "dpo.sft_weight=0", "guards.chosen_fall=0.99", "guards.loss_rise=0")
-    codes, error = run_ranks(tmp_path, *(f"--set=train.1.{change}" for change in changes))
+    codes, _, error = run_ranks(tmp_path, *(f"--set=train.1.{change}" for change in changes))
     assert codes == [4, 4], error
     assert error.count("corral: the model of train-2-aligned is kept and not promoted: its held-out loss is") == 1, (
         error
@@ -105,6 +110,6 @@ def test_a_model_that_two_processes_aligned_is_compared_once_and_kept_aside_if_i
 
 
 def test_an_error_that_all_processes_have_is_printed_once(workspace: Path) -> None:
-    codes, error = run_ranks(workspace, "--set", 'train.0.lora.targets=["none_such"]')
-    assert 0 not in codes
+    codes, _, error = run_ranks(workspace, "--set", 'train.0.lora.targets=["none_such"]')
+    assert codes == [2, 2], error
     assert error.count("no linear layer called 'none_such'") == 1, error
