@@ -141,6 +141,19 @@ def small_llama_3_tokenizer() -> Any:
 
 
 def _llama_3_backend(special: list[str], ranks_used: int | None = None) -> Any:
+    from tokenizers import Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        def tokenizer(self) -> Tokenizer:
+            return Tokenizer(_llama_3_model(ranks_used))
+
+    return Converter("ranks", pattern=LLAMA_3_SPLIT, extra_special_tokens=special).converted()
+
+
+@cache
+def _llama_3_model(ranks_used: int | None) -> Any:
+    """The BPE model, which takes seconds to make and is the same whatever the special tokens are."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()[:ranks_used]
@@ -150,7 +163,7 @@ def _llama_3_backend(special: list[str], ranks_used: int | None = None) -> Any:
         def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
             return ranks
 
-    return Converter("ranks", pattern=LLAMA_3_SPLIT, extra_special_tokens=special).converted()
+    return Converter("ranks").tokenizer().model
 
 
 def _stock_source(spec: str, tokenizer_name: str) -> str:

@@ -281,3 +281,15 @@ def test_a_template_that_is_nowhere_is_refused_with_the_names_of_those_that_ship
 ) -> None:
     with pytest.raises(TemplateError, match=words):
         Template.load(tiny_tokenizer, spec)
+
+
+def test_templates_on_equal_tokenizers_share_their_encoders_and_a_changed_tokenizer_has_its_own(
+    tiny_tokenizer: Any,
+) -> None:
+    larger = copy.deepcopy(tiny_tokenizer)
+    first, second = (Template.load(each, "chatml") for each in (tiny_tokenizer, larger))
+    assert first._piece_tokenizer._encoders is second._piece_tokenizer._encoders
+    assert larger.add_tokens(["zebra"]) == 1
+    question = Conversation.from_turns(("user", "zebra"))
+    assert larger.convert_tokens_to_ids("zebra") in Template.load(larger, "chatml").prompt(question)
+    assert Template.load(tiny_tokenizer, "chatml").prompt(question) == first.prompt(question)
