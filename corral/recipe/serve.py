@@ -104,7 +104,8 @@ class Serve(Section):
     root_path: Annotated[str, AfterValidator(_check_root_path)] = ""
     """The path under which a proxy offers this server, such as /llm."""
     at_once: PositiveInt = 128
-    """Requests that are processed at once."""
+    """Choices that are generated at once: a request with `n = 4`, or four prompts or candidates, counts as four, and one
+    that has more choices than this runs alone."""
     waiting: Annotated[int, Field(ge=0)] = 512
     """Requests that may wait in the queue; more are refused with 503."""
     max_seconds: Annotated[float, Field(gt=0)] = 600

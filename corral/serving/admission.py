@@ -39,7 +39,7 @@ class ServerLimits:
     """Limits of the whole server and of its connections; `RequestLimits` holds those of one request."""
 
     at_once: int = 128
-    """Requests that run at the same time."""
+    """Choices that are generated at the same time, of all requests."""
     waiting: int = 512
     """Requests that wait in the queue."""
     max_seconds: float = 600
@@ -113,6 +113,7 @@ class Admission:
         *,
         stream: bool,
         model: str,
+        choices: int = 1,
         hold: AbstractContextManager[object] = _NOTHING,
     ) -> Response:
         """Answer a request whose body was read, as one response or as a stream.
@@ -121,6 +122,7 @@ class Admission:
             start: starts the work; awaited once a slot is free. Before it submits anything to an engine, it calls its
                 argument with what the request may use. It may raise Refused, and may be cancelled.
             model: the name of a served model, for the metrics: never text from a client.
+            choices: that it generates at the same time, for the queue; bounded by the caller.
             hold: entered now, and left when the request has ended, also a stream (`ServedModels.use`).
 
         Raises:
@@ -134,7 +136,7 @@ class Admission:
         response: Response | None = None
         try:
             async with admitted.limit.apply():
-                handler = await while_connected(request.receive, admitted.start(start))
+                handler = await while_connected(request.receive, admitted.start(start, choices))
                 if stream:
                     events = admitted.events(handler)
                     response = EventStream(events, admitted.finish, admitted.limit, handler.error_event)
@@ -185,10 +187,10 @@ class _AdmittedRequest:
         self._slot: Slot | None = None
         self._handler: RequestHandler | None = None
 
-    async def start(self, start: Callable[[Reserve], Awaitable[RequestHandler]]) -> RequestHandler:
+    async def start(self, start: Callable[[Reserve], Awaitable[RequestHandler]], choices: int) -> RequestHandler:
         """Wait for a slot and start the work. Raises: Refused."""
         admission = self._admission
-        self._slot = await admission.queue.acquire(self._caller.key_id)
+        self._slot = await admission.queue.acquire(self._caller.key_id, choices)
         admission.metrics.observe_queue_time(self._seconds)
         self._handler = handler = await start(self._reserve)
         return handler
@@ -218,10 +220,7 @@ class _AdmittedRequest:
 
     def _reserve(self, prompt_tokens: int, max_tokens: int, choices: int = 1, *, may_shorten: bool = False) -> int:
         """See `Reserve`."""
-        queue = self._admission.queue
-        assert self._slot is not None
-        queue.set_weight(self._slot, choices)
-        wait = queue.seconds_per_request
+        wait = self._admission.queue.seconds_per_request
         return self._open.reserve(prompt_tokens, max_tokens, choices, may_shorten=may_shorten, retry_seconds=wait)
 
     @property

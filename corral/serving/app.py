@@ -27,6 +27,7 @@ from corral.serving.completions import start_completions
 from corral.serving.docs_page import HEADERS as DOCS_HEADERS
 from corral.serving.docs_page import render_docs
 from corral.serving.errors import database_unavailable, engine_unavailable, shutting_down
+from corral.serving.generation import choice_count
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.models import ServedModels
@@ -97,6 +98,7 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
             lambda reserve: start_chat(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
+            choices=choice_count(served, body),
             hold=models.use(served),
         )
         return report(body.notes, response)
@@ -109,6 +111,7 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
             lambda reserve: start_completions(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
+            choices=min(served.limits.choices, len(body.prompt) * (body.n or 1)),
             hold=models.use(served),
         )
         return report(body.notes, response)

@@ -184,6 +184,12 @@ def count_usage(prompt: int, completion: int) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
+def choice_count(served: ServedModel, request: ConversationRequest) -> int:
+    """How many choices or candidates a request generates at once, at most as many as one may have. Raises: Refused."""
+    consensus = _choose_consensus(served, request)
+    return min(served.limits.n, request.n or 1) if consensus is None else consensus.n
+
+
 def _choose_consensus(served: ServedModel, request: ConversationRequest) -> Consensus | None:
     """The consensus that applies to a request. Raises: Refused."""
     if "consensus" not in request.model_fields_set:

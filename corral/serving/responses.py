@@ -35,6 +35,7 @@ from corral.serving.generation import (
     build_sampling,
     check_conversation,
     check_message_count,
+    choice_count,
     finish_reason,
     sampling_defaults,
     start_answer,
@@ -328,6 +329,7 @@ def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseS
             lambda reserve: start_response(served, responses, sender.owner, body, reserve, client=sender.id),
             stream=bool(body.stream),
             model=served.name,
+            choices=choice_count(served, body),
             hold=models.use(served),
         )
         return report(body.notes, sender.introduce(response))

@@ -64,6 +64,25 @@ async def test_a_full_server_gives_retry_after_and_serves_its_queue(serve: Serve
     assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
+async def test_requests_wait_for_as_many_places_as_they_have_choices(serve: Serve) -> None:
+    """Several answers, candidates of a vote, and texts to continue."""
+    several: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, BODY | {"n": 3}),
+        (CHAT, BODY | {"temperature": 1, "consensus": {"method": "majority", "n": 3}}),
+        ("/v1/completions", {"model": "m", "prompt": ["a", "b", "c"]}),
+    ]
+    for path, body in several:
+        engine, admission = Gated(), Admission(ServerLimits(at_once=4))
+        async with open_client(serve(engine, admission)) as client:
+            tasks = [post(client), post(client)]
+            await until(lambda admission=admission: admission.queue.running == 2)
+            tasks.append(asyncio.create_task(client.post(path, json=body)))
+            await until(lambda admission=admission: admission.queue.waiting == 1)
+            engine.gate.set()
+            assert {(await task).status_code for task in tasks} == {200}
+        assert admission.queue.choices == 0
+
+
 async def test_ten_times_more_clients_than_slots_are_served_or_get_503(serve: Serve, keys: KeyStore) -> None:
     """Every answer is good, or says when to come back; the queue stays bounded; a flood gets no more than its turn."""
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]

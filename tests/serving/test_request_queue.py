@@ -20,8 +20,8 @@ class Crowd:
         self.refused: list[tuple[str, Refused]] = []
         self.inside: list[Slot] = []
 
-    async def come(self, *keys: str) -> list[asyncio.Task[None]]:
-        tasks = [asyncio.create_task(self.one(key)) for key in keys]
+    async def come(self, *keys: str, choices: int = 1) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(self.one(key, choices)) for key in keys]
         await self.settle()
         return tasks
 
@@ -39,9 +39,9 @@ class Crowd:
         for _ in range(5):
             await asyncio.sleep(0)
 
-    async def one(self, key: str) -> None:
+    async def one(self, key: str, choices: int = 1) -> None:
         try:
-            slot = await self.queue.acquire(key)
+            slot = await self.queue.acquire(key, choices)
         except Refused as busy:
             self.refused.append((key, busy))
             return
@@ -114,15 +114,47 @@ async def test_the_key_with_the_fewest_running_choices_is_next() -> None:
     await crowd.leave()
     await crowd.leave()
     assert crowd.entered[4:] == ["b", "a"], "1 of b's beside 2 of a's, and then 2 beside 1"
-    crowd = Crowd(RequestQueue(4, 100))
-    await crowd.come(*"aaab")
-    crowd.queue.set_weight(crowd.inside[3], 16)
+    crowd = Crowd(RequestQueue(7, 100))
+    await crowd.come(*"aaa")
+    await crowd.come("b", choices=4)
     await crowd.come(*"bbaa")
     await crowd.leave()
     await crowd.leave()
-    assert crowd.entered[4:] == ["a", "a"], "one request of b's has sixteen choices"
+    assert crowd.entered[4:] == ["a", "a"], "one request of b's has four choices"
     await crowd.leave_all()
     assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
+
+
+async def test_a_request_takes_a_place_for_each_of_its_choices_and_smaller_ones_do_not_overtake_it() -> None:
+    crowd = Crowd(RequestQueue(4, 100))
+    await crowd.come("a")
+    await crowd.come("b", choices=4)
+    await crowd.come(*"ccc")
+    assert crowd.entered == ["a"], "three places are free, and b needs four"
+    await crowd.leave()
+    assert (crowd.entered, crowd.queue.choices) == (["a", "b"], 4)
+    await crowd.leave()
+    assert crowd.entered == ["a", "b", "c", "c", "c"]
+
+
+async def test_a_request_with_more_choices_than_there_are_places_runs_alone() -> None:
+    crowd = Crowd(RequestQueue(4, 100))
+    await crowd.come("a", choices=3)
+    await crowd.come("a", choices=16)
+    await crowd.come("a")
+    assert crowd.entered == ["a"]
+    await crowd.leave()
+    assert (crowd.queue.running, crowd.queue.choices, crowd.queue.waiting) == (1, 16, 1)
+    await crowd.leave()
+    assert (crowd.queue.running, crowd.queue.choices, crowd.queue.waiting) == (1, 1, 0)
+
+
+async def test_what_is_remembered_of_keys_is_bounded() -> None:
+    queue = RequestQueue(1, 1)
+    for i in range(3000):
+        queue.release(await queue.acquire(f"key {i}"), 5)
+    assert len(queue._tokens) == 1024
+    assert "key 2999" in queue._tokens
 
 
 async def test_of_equal_keys_the_one_that_used_fewer_tokens_lately_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,23 +227,27 @@ async def test_the_queue_counts_stay_consistent(seed: int, at_once: int) -> None
     for _ in range(300):
         match draw.randrange(4):
             case 0 | 1:
-                tasks += [asyncio.create_task(crowd.one(draw.choice("abc"))) for _ in range(draw.randrange(6))]
+                tasks += [
+                    asyncio.create_task(crowd.one(draw.choice("abc"), draw.randrange(1, 5)))
+                    for _ in range(draw.randrange(6))
+                ]
             case 2:
                 if tasks:
                     draw.choice(tasks).cancel()
             case _:
                 if crowd.inside:
                     slot = crowd.inside.pop(draw.randrange(len(crowd.inside)))
-                    crowd.queue.set_weight(slot, draw.randrange(1, 5))
                     crowd.queue.release(slot, draw.randrange(100))
         if draw.random() < 0.5:
             await crowd.settle()
-            assert crowd.queue.running == len(crowd.inside) <= at_once
+            choices = sum(slot.choices for slot in crowd.inside)
+            assert (crowd.queue.running, crowd.queue.choices) == (len(crowd.inside), choices)
+            assert choices <= at_once or len(crowd.inside) == 1
             assert crowd.queue.waiting <= 5
-            assert crowd.queue.waiting == 0 or crowd.queue.running >= at_once - at_once // 8
+            assert crowd.queue.waiting == 0 or choices > at_once - at_once // 8 - 4, "less than the widest is free"
     await crowd.settle()
     await crowd.leave_all()
-    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
+    assert (crowd.queue.running, crowd.queue.choices, crowd.queue.waiting) == (0, 0, 0)
 
 
 async def test_the_estimated_wait_follows_recent_request_durations(monkeypatch: pytest.MonkeyPatch) -> None:
