@@ -19,6 +19,7 @@ from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
 from corral.prompting.few_shot import Prompting, insert_examples
+from corral.prompting.prompt import Prompt
 from corral.template import Encoded, Template
 from corral.template.decoding import StopStringCutter, StreamDecoder
 
@@ -50,7 +51,10 @@ class Answer:
     texts: tuple[str, ...]
     completions: tuple[Completion, ...]
     """The generated ids. With a stop string they end with the id that completed it; the text ends before it."""
+    prompt: Prompt
+    """What was asked, with the examples and passages that were shown."""
     prompt_tokens: int
+    """As the engine counted them."""
     tokens: tuple[tuple[Token, ...], ...] = ()
     """With `Sampling.logprobs`: for each choice, the tokens that begin within its text."""
     vote: Vote | None = None
@@ -148,8 +152,8 @@ class Answerer:
         # An executor of its own, so that other work in threads does not wait for long prompts. Threads start when needed.
         self._executor = ThreadPoolExecutor(_THREADS, "corral-prompts")
 
-    async def encode_prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
-        """The token ids of a prompt, with as many examples as leave room in the context for the answer.
+    async def encode_prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> Prompt:
+        """The prompt of a conversation, with as many examples as leave room in the context for the answer.
 
         A conversation that ends with an answer is continued: what is generated follows its text.
 
@@ -159,7 +163,7 @@ class Answerer:
         """
         prompting = self.prompting
         if prompting is None:
-            return await self._encode(conversation)
+            return Prompt(await self._encode(conversation))
         max_prompt = self.engine.features.max_length - (sampling or self.sampling).max_tokens
         asked, begun = conversation, ()
         if conversation.answered:
@@ -168,12 +172,12 @@ class Answerer:
         def apply(examples: Sequence[Conversation]) -> Conversation:
             return Conversation((*prompting.apply(asked, examples).messages, *begun))
 
-        _, ids = await self._encode_with_examples(
+        examples, ids = await self._encode_with_examples(
             asked,
             lambda examples: self._encode(apply(examples)),
             lambda ids: len(ids) <= max_prompt,
         )
-        return ids
+        return Prompt(ids, tuple(examples))
 
     async def run_in_thread_if_long(self, characters: int, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function that processes so many characters: a long call runs in a thread, so as not to block the loop."""
@@ -186,11 +190,11 @@ class Answerer:
         encode = self.template.continuation if conversation.answered else self.template.prompt
         return await self.run_in_thread_if_long(characters, encode, conversation)
 
-    def start(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
-        """Request completions of an encoded prompt. Returns at once; must be called in a running event loop.
+    def start(self, prompt: Prompt, sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
+        """Request completions of a prompt. Returns at once; must be called in a running event loop.
 
         Args:
-            ids: of the prompt, from `encode_prompt`.
+            prompt: from `encode_prompt`.
             stop: strings that end a choice and are not part of its text. The string that is complete first ends it; of
                 several complete at once, the longest.
 
@@ -200,7 +204,7 @@ class Answerer:
         if "" in stop:
             raise RequestError("a stop string is empty", hint="leave it out")
         sampling = self._with_stop_ids(sampling)
-        return TextStream(self.engine.submit(ids, sampling), self.template, sampling, stop)
+        return TextStream(self.engine.submit(prompt.ids, sampling), prompt, self.template, sampling, stop)
 
     async def answer(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
@@ -212,10 +216,10 @@ class Answerer:
             EngineError: the engine refuses or fails.
             AssetError: an embedding model cannot be loaded.
         """
-        ids = await self.encode_prompt(conversation, sampling)
+        prompt = await self.encode_prompt(conversation, sampling)
         if self.consensus is not None:
             sampling = self.vote_sampling(sampling)
-        return await self.start(ids, sampling, stop).collect(self.consensus)
+        return await self.start(prompt, sampling, stop).collect(self.consensus)
 
     async def stream(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
@@ -229,8 +233,8 @@ class Answerer:
             tokens = answer.tokens[answer.winner] if answer.tokens else ()
             yield TextDelta(answer.winner, answer.text, answer.finish, tokens, answer.vote)
             return
-        ids = await self.encode_prompt(conversation, sampling)
-        async with contextlib.aclosing(aiter(self.start(ids, sampling, stop))) as deltas:
+        prompt = await self.encode_prompt(conversation, sampling)
+        async with contextlib.aclosing(aiter(self.start(prompt, sampling, stop))) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -300,8 +304,11 @@ class TextStream:
     If either ends early (a break, an error, a cancelled task), the work is cancelled.
     """
 
-    def __init__(self, generation: Generation, template: Template, sampling: Sampling, stop: Sequence[str]) -> None:
+    def __init__(
+        self, generation: Generation, prompt: Prompt, template: Template, sampling: Sampling, stop: Sequence[str]
+    ) -> None:
         self._generation = generation
+        self.prompt = prompt
         self._choices = [_ChoiceDecoder(i, template, sampling.logprobs, stop) for i in range(sampling.n)]
         self.prompt_tokens = generation.prompt_tokens
 
@@ -345,6 +352,7 @@ class TextStream:
         return Answer(
             tuple(texts),
             tuple(choice.completion() for choice in self._choices),
+            self.prompt,
             self.prompt_tokens,
             tuple(map(tuple, tokens)) if any(choice.wants_tokens for choice in self._choices) else (),
             await asyncio.to_thread(ballot.vote) if ballot is not None else None,

@@ -163,7 +163,7 @@ async def compute_option_logprobs(
 
     async def add_logprobs(question: Question) -> None:
         stem = Conversation.from_turns(("user", question.stem))
-        prompt = await answerer.encode_prompt(stem)
+        prompt = (await answerer.encode_prompt(stem)).ids
         logprobs = [await option_logprob(answerer, prompt, stem, option) for option in question.options]
         lengths = [len(option.encode()) for option in question.options]
         file.add(producer, question.id, logprobs=logprobs, bytes=lengths, gold=question.correct_option)

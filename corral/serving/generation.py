@@ -133,14 +133,14 @@ async def start_answer(
     with translate_errors():
         try:
             conversation = arrange_system(answerer.template, conversation)
-            ids = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=reserved))
+            prompt = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=reserved))
         except TemplateError as error:
             raise Refused(400, error.what, param=param) from error
-        left = tokens_left(served, len(ids), None, param=param)
+        left = tokens_left(served, len(prompt.ids), None, param=param)
         length = choose_length(served, request, max_tokens, left, served.limits.default_tokens)
         check_logprobs(served, request, sampling.n * length)
-        length = reserve(len(ids), length, sampling.n, may_shorten=max_tokens is None)
-        stream = answerer.start(ids, with_length(sampling, length), request.stops)
+        length = reserve(len(prompt.ids), length, sampling.n, may_shorten=max_tokens is None)
+        stream = answerer.start(prompt, with_length(sampling, length), request.stops)
         return RunningAnswer(stream, consensus, shows_logprobs=request.wants_logprobs)
 
 

@@ -290,11 +290,11 @@ async def _fits(served: ServedModel, conversation: Conversation, max_tokens: int
         return False
     with translate_errors():
         try:
-            ids = await served.answerer.encode_prompt(arrange_system(served.answerer.template, conversation))
+            prompt = await served.answerer.encode_prompt(arrange_system(served.answerer.template, conversation))
         except TemplateError as error:
             raise Refused(400, error.what, param="input") from error
     try:
-        tokens_left(served, len(ids), max_tokens, param="input")
+        tokens_left(served, len(prompt.ids), max_tokens, param="input")
     except Refused:
         return False
     return True

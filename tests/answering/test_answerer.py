@@ -25,6 +25,7 @@ from corral.messages import Conversation, Role
 from corral.model.loading import load_model, load_tokenizer
 from corral.model.packed_forward import score
 from corral.prompting.few_shot import Prompting, insert_examples
+from corral.prompting.prompt import Prompt
 from corral.template import Template
 from corral.template.decoding import StopStringCutter, TokenBytes
 
@@ -187,7 +188,7 @@ async def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on
 
     engine = Watched(lambda ids, sampling, choice: ids_of(tiny_tokenizer, texts[choice], by_byte=True))
     answerer = Answerer(engine, Template.load(tiny_tokenizer, "chatml"))
-    stream = answerer.start([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
+    stream = answerer.start(Prompt([1, 2, 3]), Sampling(max_tokens=100, n=2), ["END"])
     answer = await stream.collect()
     assert answer.texts == ("one ", texts[1][:100])
     assert [c.finish for c in answer.completions] == ["stop", "length"]
@@ -295,6 +296,8 @@ def test_as_many_examples_are_shown_as_fit_into_the_context(tiny_folder: Path, t
         narrow = sync.answer(QUESTION, Sampling(max_tokens=100))
     assert abs(roomy.prompt_tokens - one) < 10, "one example fits, three do not"
     assert narrow.prompt_tokens == len(template.prompt(QUESTION))
+    assert (len(roomy.prompt.examples), narrow.prompt.examples) == (1, ())
+    assert roomy.prompt.ids == template.prompt(insert_examples(roomy.prompt.examples, QUESTION))
 
 
 SHOTS = [Conversation.from_turns(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
@@ -338,7 +341,7 @@ def test_a_short_prompt_is_encoded_without_a_thread(template: Template, monkeypa
 
     monkeypatch.setattr(template, "prompt", seen)
     answerer = Answerer(ScriptedEngine([5]), template)
-    assert asyncio.run(answerer.encode_prompt(QUESTION)) == render(QUESTION)
+    assert asyncio.run(answerer.encode_prompt(QUESTION)).ids == render(QUESTION)
     assert threads == [threading.current_thread()]
 
 
@@ -373,7 +376,7 @@ def voted(method: Method | None) -> Answer:
         ballot.add(index, Candidate(text, -0.5))
     finishes = ("stop", "length", "stop", "cancelled")
     completions = tuple(Completion((5,), None, finish) for finish in finishes)
-    return Answer(VOTE_TEXTS, completions, 3, vote=ballot.vote() if method else None)
+    return Answer(VOTE_TEXTS, completions, Prompt([1, 2, 3]), 3, vote=ballot.vote() if method else None)
 
 
 def test_the_fields_of_a_vote_hold_every_candidate_and_the_results_that_were_counted() -> None:

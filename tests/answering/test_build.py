@@ -41,9 +41,9 @@ def test_examples_come_from_the_run_or_from_their_own_source(template: Template,
     rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": str(n)}) + "\n" for n in range(9)))
     named = Answer.model_validate({"shots": {"count": 2, "source": {"path": str(rows)}}})
     with SyncAnswerer(build(template, named, EXAMPLE)) as sync:
-        with_rows = template.decode(sync.run(sync.answerer.encode_prompt(QUESTION)))
+        with_rows = template.decode(sync.run(sync.answerer.encode_prompt(QUESTION)).ids)
     with SyncAnswerer(build(template, Answer.model_validate({"shots": {"count": 2}}), EXAMPLE)) as sync:
-        shown = sync.run(sync.answerer.encode_prompt(QUESTION))
+        shown = sync.run(sync.answerer.encode_prompt(QUESTION)).ids
     assert with_rows.count("?") == 3
     assert "bird" not in with_rows
     assert shown == template.prompt(Conversation((*EXAMPLE.messages, *QUESTION.messages)))

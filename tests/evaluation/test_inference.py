@@ -78,7 +78,7 @@ def test_an_options_log_probability_equals_a_direct_computation(
             answerer = Answerer(engine, template, prompting=prompting)
             file = RowFile(tmp_path / "options.jsonl")
             await compute_option_logprobs(answerer, ME, [question], file, lambda done: None)
-            prompt = await answerer.encode_prompt(stem)
+            prompt = (await answerer.encode_prompt(stem)).ids
             assert file.rows_of(ME)[question.id]["logprobs"][1] == await option_logprob(
                 answerer, prompt, stem, "on land"
             )

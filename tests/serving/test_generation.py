@@ -161,7 +161,7 @@ def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_te
     answerer = Answerer(engine, tiny_template, prompting=Prompting(EXAMPLES, 2, reasoning=True))
     answer = chat(serve(ServedModel(answerer, "m")).client, max_tokens=16)
     conversation = Conversation.from_turns(("user", ASKED[0]["content"]))
-    expected = asyncio.run(answerer.encode_prompt(conversation, Sampling(16)))
+    expected = asyncio.run(answerer.encode_prompt(conversation, Sampling(16))).ids
     assert engine.prompts == [expected]
     assert answer.usage.prompt_tokens == len(expected)
     text = tiny_template.tokenizer.decode(expected)

@@ -106,7 +106,7 @@ def test_a_run_is_served_with_the_settings_of_its_recipe(tiny_folder: Path, tmp_
     answerer = mine.answerer
     assert answerer.prompting
     assert (answerer.prompting.count, answerer.prompting.reasoning) == (2, True)
-    prompt = answerer.template.tokenizer.decode(asyncio.run(answerer.encode_prompt(ASKED)))
+    prompt = answerer.template.tokenizer.decode(asyncio.run(answerer.encode_prompt(ASKED)).ids)
     assert prompt.count("<|im_start|>assistant") == 3, "two examples, and the answer to give"
     assert isinstance(answerer.consensus, Consensus)
     assert (answerer.consensus.method, answerer.consensus.n, answerer.sampling.max_tokens) == ("majority", 4, 33)
