@@ -201,7 +201,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
     from corral.evaluation import tables
     from corral.evaluation.scorecard import build_scorecard, choose_primary
-    from corral.pipeline.evaluate_stage import parse_variant, read_primary, read_variant_rows
+    from corral.pipeline.evaluate_stage import parse_variant, read_metrics, read_primary, read_variant_rows
     from corral.run.freshness import stale_stages
 
     sides = {spec: parse_variant(spec) for spec in (args.a, args.b)}
@@ -212,7 +212,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             print(f"note    the scores of {spec} are not of its run's present state: {reason}")
     rows = {spec: read_variant_rows(*side) for spec, side in sides.items()}
     primary, notes = choose_primary({spec: read_primary(folder) for spec, (folder, _) in sides.items()})
-    card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary, notes=notes)
+    metrics = read_metrics(folder for folder, _ in sides.values())
+    card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary, metrics=metrics, notes=notes)
     show(tables.render_scores(card), *tables.render_costs(card))
     return json.loads(card.to_json())
 

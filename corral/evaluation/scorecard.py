@@ -21,7 +21,7 @@ from corral.evaluation.scoring import (
     describe_metric,
     score_variant,
 )
-from corral.metrics.rouge import Rouge
+from corral.evaluation.text_metrics import TextMetrics
 
 SIGNIFICANT = 0.05
 PRIMARY = "loss"
@@ -217,6 +217,7 @@ def build_scorecard(
     compared_with: Mapping[str, str] | None = None,
     seed: int = 0,
     primary: str = PRIMARY,
+    metrics: TextMetrics | None = None,
     notes: Sequence[str] = (),
 ) -> Scorecard:
     """Score all variants and compare each with its counterpart (difference = variant − counterpart).
@@ -227,6 +228,7 @@ def build_scorecard(
     Args:
         compared_with: the counterpart of a variant, if it is not the baseline.
         primary: the metric that decides; it is not adjusted for the number of the others.
+        metrics: of the answers to the run's own rows; by default ROUGE and BLEU.
         notes: sentences to know before the figures are read, besides those that are found here.
 
     Raises:
@@ -239,8 +241,8 @@ def build_scorecard(
                 f"no variant is called {name!r}", where="baseline", hint=f"choose one of {abbreviate(variants)}"
             )
     variants, on_documents = keep_common_documents(variants)
-    rouge = Rouge(unicode=None)
-    scores = {name: score_variant(name, rows, rouge) for name, rows in variants.items()}
+    metrics = metrics or TextMetrics()
+    scores = {name: score_variant(name, rows, metrics) for name, rows in variants.items()}
     signatures = _signatures(scores.values())
     said = [*notes, *on_documents, *cautions.word_cautions(signatures)]
     for name, columns in scores.items():
@@ -282,12 +284,12 @@ def build_scorecard(
 
 
 def _signatures(scores: Iterable[MetricColumns]) -> dict[str, str]:
-    """How each text metric was computed: `rouge` and `bleu`, and `TASK/rouge` and `TASK/bleu`."""
+    """How each text metric was computed: `rouge`, `bleu` …, and `TASK/rouge` and `TASK/bleu`."""
     signatures: dict[str, str] = {}
     for columns in scores:
         for name, column in columns.items():
             if column.signature:
-                signatures.setdefault(name[:-1] if name[-1] in "12L" else name, column.signature)
+                signatures.setdefault(name[:-1] if "rouge" in name else name, column.signature)
     return signatures
 
 

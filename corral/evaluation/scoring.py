@@ -12,8 +12,8 @@ import numpy as np
 
 from corral.errors import InputError
 from corral.evaluation.statistics import Measure
-from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics, bleu_tokenizer
-from corral.metrics.rouge import Rouge, RougeScores, has_hidden_words, rouge_signature, unicode_words
+from corral.evaluation.text_metrics import TextMetrics
+from corral.recipe.evaluate import DEFAULT_ANSWER_METRICS
 
 Direction = Literal["lower", "higher"]
 
@@ -42,6 +42,10 @@ METRICS: Mapping[str, Metric] = {
     "rouge2": Metric("ROUGE-2", "F, 0–1", "higher"),
     "rougeL": Metric("ROUGE-L", "F, 0–1", "higher"),
     "bleu": Metric("BLEU", "0–100", "higher", 2),
+    "chrf": Metric("chrF", "0–100", "higher", 2),
+    "exact_match": Metric("exact match", "share, 0–1", "higher"),
+    "token_f1": Metric("token F1", "F, 0–1", "higher"),
+    "bertscore": Metric("BERTScore", "F, 1 for equal texts", "higher"),
     "accuracy": Metric("accuracy", "share, 0–1", "higher"),
     "logprob": Metric("by log-prob", "share, 0–1", "higher"),
     "logprob_byte": Metric("by log-prob/byte", "share, 0–1", "higher"),
@@ -197,36 +201,44 @@ MetricColumns: TypeAlias = Mapping[str, Column]
 """A column for each metric that was measured, by its full name, in the order of `sort_metrics`."""
 
 
-def score_variant(variant: str, rows: VariantRows, rouge: Rouge | None = None) -> MetricColumns:
-    """Score all rows of a variant. Raises: as `score_rows`."""
-    rouge = rouge or Rouge(unicode=None)
-    columns = dict(score_rows(variant, rows.rows, rouge))
+def score_variant(variant: str, rows: VariantRows, metrics: TextMetrics | None = None) -> MetricColumns:
+    """Score all rows of a variant; answers to tasks by the default metrics. Raises: as `score_rows`."""
+    metrics = metrics or TextMetrics()
+    columns = dict(score_rows(variant, rows.rows, metrics))
     for task, task_rows in rows.tasks.items():
-        scored = score_rows(f"{variant}, task {task}", task_rows, rouge)
+        scored = score_rows(f"{variant}, task {task}", task_rows, metrics, DEFAULT_ANSWER_METRICS)
         columns |= {f"{task}/{name}": column for name, column in scored.items()}
     return {name: columns[name] for name in sort_metrics(columns)}
 
 
-def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) -> MetricColumns:
+def score_rows(
+    variant: str,
+    rows: Sequence[Row],
+    metrics: TextMetrics | None = None,
+    names: Collection[str] | None = None,
+) -> MetricColumns:
     """Score rows. Text metrics use the rows with both a reference and an answer.
 
     Args:
         variant: its name, for messages.
         rows: in any order.
-        rouge: `Rouge(unicode=None)` by default; pass one to reuse its vocabulary.
+        metrics: of answers; pass one to reuse what it has loaded.
+        names: the metrics of answers, in place of those of `metrics`.
 
     Raises:
-        InputError: a repeated id, an nll without its tokens or the reverse, or a loss that is not a finite number.
+        InputError: a repeated id, an nll without its tokens or the reverse, or a loss that is not a finite number; or as
+            `TextMetrics.score`.
     """
     where = f"variant {variant}"
     repeated = sorted(name for name, times in Counter(row.id for row in rows).items() if times > 1)
     if repeated:
         raise InputError(f"row ids appear more than once: {abbreviate(repeated)}", where=where, hint="one row per id")
     rows = sorted(rows, key=lambda row: row.id)
+    metrics = metrics or TextMetrics()
     columns = {
         **_loss_columns(rows, where),
         **_preference_columns(rows),
-        **_text_columns(rows, rouge or Rouge(unicode=None)),
+        **_text_columns(rows, metrics, metrics.names if names is None else names),
         **_correctness_columns(rows),
     }
     return {name: column for name, column in columns.items() if column.ids}
@@ -265,35 +277,24 @@ def _preference_columns(rows: Sequence[Row]) -> dict[str, Column]:
     return {name: _column(rows, [row for row, _ in known], "preferences", value) for name, value in measures.items()}
 
 
-def _text_columns(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
+def _text_columns(rows: Sequence[Row], metrics: TextMetrics, names: Collection[str]) -> dict[str, Column]:
     texts = [row for row in rows if row.reference is not None and row.answer is not None]
     if not texts:
         return {}
-    references = {row.id: (row.reference or "", *row.other_references) for row in texts}
-    answers = [row.answer or "" for row in texts]
-    # Where a reference has no words, in any script, every answer would score 0.
-    in_words = [row for row in texts if any(map(unicode_words, references[row.id]))]
-    scores = [
-        rouge.score_pairs(references[row.id], [row.answer or ""] * len(references[row.id])).max(axis=0)
-        for row in in_words
-    ]
-    table = np.array(scores, dtype=np.float64).reshape(-1, len(RougeScores._fields))
-    hidden = sum(any(map(has_hidden_words, references[row.id])) for row in in_words)
-    wordless = {row.id: "the reference has no words" for row in texts if row not in in_words}
+    references = [(row.reference or "", *row.other_references) for row in texts]
     columns: dict[str, Column] = {}
-    for index, name in enumerate(RougeScores._fields):
-        column = _column(rows, in_words, "answers", Measure.mean(table[:, index]))
+    for name, scores in metrics.score(references, [row.answer or "" for row in texts], names).items():
+        places = frozenset(scores.places)
+        column = _column(rows, [texts[place] for place in scores.places], "answers", scores.measure)
         columns[name] = replace(
             column,
-            references=tuple(references[id_] for id_ in column.ids),
-            skipped={**column.skipped, **wordless},
-            signature=rouge_signature(hidden, len(in_words)),
+            references=tuple(references[place] for place in scores.places),
+            skipped={
+                **column.skipped,
+                **{row.id: scores.missing for place, row in enumerate(texts) if place not in places},
+            },
+            signature=scores.signature,
         )
-    if all(len(of_row) == 1 for of_row in references.values()):
-        firsts = [first for first, *_ in references.values()]
-        tokenizer = bleu_tokenizer(firsts)
-        column = _column(rows, texts, "answers", Measure.corpus(bleu_statistics(firsts, answers, tokenizer), bleu))
-        columns["bleu"] = replace(column, references=tuple(references.values()), signature=bleu_signature(tokenizer))
     return columns
 
 

@@ -1,1 +1,1 @@
-"""Text → number, without a model: ROUGE, BLEU, and the answer extracted from a text."""
+"""Text → number, without a model: ROUGE, BLEU, chrF, exact match, token F1; and the answer extracted from a text."""

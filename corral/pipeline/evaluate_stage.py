@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from corral.data.sources import hash_source
 from corral.engines.registry import default_engine, load_engine
 from corral.errors import DataError, InputError, require
 from corral.evaluation import scorecard
+from corral.evaluation.bert_score import BertScorer
 from corral.evaluation.evaluation_data import EvaluationData, describe_left_out, select_evaluation_data
 from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.tasks import load_tasks
+from corral.evaluation.text_metrics import TextMetrics
 from corral.model.device import Placement, choose_device
 from corral.model.loading import load_template
 from corral.model.naming import find_model_folder
@@ -83,6 +85,8 @@ class EvaluateStage:
             require("openvino_tokenizers", "openvino")
         if "vllm" in engines:
             require("vllm", "vllm")
+        if "bertscore" in recipe.evaluate.metrics:
+            BertScorer(recipe.evaluate.bertscore).check()
         self._examples_input()
         if recipe.evaluate.test is not None:
             self._rows_input()
@@ -170,6 +174,7 @@ class EvaluateStage:
             compared_with={variant.name: variant.compared_with for variant in config.variants},
             seed=self.context.recipe.seed,
             primary=config.primary,
+            metrics=TextMetrics(config.metrics, config.bertscore),
             notes=self._trained_on_notes(folder.path),
         )
         write_atomic(folder.path / SCORECARD, card.to_json())
@@ -304,6 +309,13 @@ def read_variant_rows(folder: Path, name: str) -> VariantRows:
 def read_primary(folder: Path) -> str:
     """The primary metric that the recipe of a finished evaluate stage names."""
     return Scorecard.from_json((folder / SCORECARD).read_text("utf-8")).primary
+
+
+def read_metrics(folders: Iterable[Path]) -> TextMetrics:
+    """The metrics of answers that all the recipes of some finished evaluate stages name; BERTScore is that of the first."""
+    recipes = [Run(folder.parent).recipe.evaluate for folder in folders]
+    shared = [name for name in recipes[0].metrics if all(name in recipe.metrics for recipe in recipes)]
+    return TextMetrics(shared, recipes[0].bertscore)
 
 
 def parse_variant(spec: str) -> tuple[Path, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError, field_serializer, field_validator, model_validator
 
 from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.recipe.answer import Answer
 from corral.recipe.data import Source
-from corral.recipe.section import Name, PositiveInt, Section
+from corral.recipe.section import Name, PathText, PositiveInt, Section
 
 BUILT_IN_VARIANTS = ("base", "tuned")
 """The variants that every run has: both models with the settings of `[answer]`."""
@@ -18,8 +18,11 @@ BUILT_IN_VARIANTS = ("base", "tuned")
 EngineName = Literal["transformers", "openvino", "vllm"]
 TaskName = Literal["arithmetic", "commonsense_qa", "mmlu", "truthfulqa", "xsum", "boolq"]
 
-ANSWER_METRICS = ("rouge1", "rouge2", "rougeL", "bleu")
+AnswerMetric = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match", "token_f1", "bertscore"]
+ANSWER_METRICS: tuple[AnswerMetric, ...] = get_args(AnswerMetric)
 """Metrics of answers to the run's own test rows."""
+DEFAULT_ANSWER_METRICS: tuple[AnswerMetric, ...] = ("rouge1", "rouge2", "rougeL", "bleu")
+"""Those that are measured if the recipe names none."""
 PREFERENCE_METRICS = ("preference_accuracy", "preference_margin")
 """Metrics of the run's own test rows that rank answers."""
 OWN_METRICS = ("loss", *PREFERENCE_METRICS, *ANSWER_METRICS)
@@ -100,6 +103,17 @@ class Task(Section):
     """Most new tokens of an answer; by default `answer.max_tokens`."""
 
 
+class BertScore(Section):
+    """BERTScore (Zhang et al. 2020, arXiv 1904.09675), if `evaluate.metrics` names it (the extra `rag`)."""
+
+    model: PathText = "asset:all-minilm-l6-v2"
+    """Model whose vectors are compared: a folder in transformers' format, `asset:NAME`, or a name on the hub such as
+    `roberta-large`, which published figures mostly have. Figures of different models cannot be compared."""
+    layer: PositiveInt | None = None
+    """The layer whose vectors are compared; by default the one that bert-score recommends for the model, else the last but
+    one."""
+
+
 class Evaluate(Section):
     """Comparison of the base model, the tuned model and their variants, on test rows and public question sets."""
 
@@ -113,11 +127,15 @@ class Evaluate(Section):
     """Most test rows for the held-out loss; each window of a document is one. As many preferences or answers with scores are
     measured besides."""
     answer_rows: PositiveInt = 50
-    """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
+    """Most test rows for which answers are generated and scored."""
+    metrics: tuple[AnswerMetric, ...] = DEFAULT_ANSWER_METRICS
+    """How answers to test rows are scored. `chrf`: n-grams of characters, in any script. `exact_match` and `token_f1`: SQuAD's
+    scores of short answers. `bertscore`: similarity of contextual vectors, see `[evaluate.bertscore]`."""
+    bertscore: BertScore = BertScore()
     primary: str = "loss"
     """The metric that decides whether one variant is better than another: `loss`, `preference_accuracy`, `preference_margin`,
-    `rouge1`, `rouge2`, `rougeL`, `bleu`, or `TASK/METRIC` of a task below, such as `arithmetic/accuracy`. Name it before you
-    see the scores. The others are secondary: their p-values and intervals are adjusted for their number."""
+    one of `metrics`, or `TASK/METRIC` of a task below, such as `arithmetic/accuracy`. Name it before you see the scores. The
+    others are secondary: their p-values and intervals are adjusted for their number."""
     variants: tuple[Variant, ...] = ()
     """Variants besides base and tuned: one `[[evaluate.variants]]` table each."""
     tasks: tuple[Task, ...] = ()
@@ -138,6 +156,11 @@ class Evaluate(Section):
                 )
         return self
 
+    @field_validator("metrics")
+    @classmethod
+    def _remove_repeated(cls, metrics: tuple[AnswerMetric, ...]) -> tuple[AnswerMetric, ...]:
+        return tuple(dict.fromkeys(metrics))
+
     @field_validator("test")
     @classmethod
     def _check_test(cls, test: Source | None) -> Source | None:
@@ -150,12 +173,15 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _check_primary(self) -> Self:
-        known = [*OWN_METRICS, *(f"{task.name}/{metric}" for task in self.tasks for metric in TASK_METRICS[task.name])]
+        own = ("loss", *PREFERENCE_METRICS, *self.metrics)
+        known = [*own, *(f"{task.name}/{metric}" for task in self.tasks for metric in TASK_METRICS[task.name])]
         if self.primary not in known:
             task = self.primary.partition("/")[0]
             advice = (
                 f"add the task {task!r}, or "
                 if task in TASK_METRICS and task not in (t.name for t in self.tasks)
+                else f"add {task!r} to `metrics`, or "
+                if self.primary in ANSWER_METRICS
                 else ""
             )
             raise ValueError(f"`primary` = {self.primary!r} is not measured: {advice}give one of {', '.join(known)}")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from corral.errors import RecipeError
 from corral.recipe.answer import Answer
 from corral.recipe.data import Source
+from corral.recipe.evaluate import BertScore
 from corral.recipe.recipe import Recipe
 from corral.recipe.section import section_type
 from corral.recipe.train import Train
@@ -125,6 +126,11 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         guards = stage.guards.model_copy(update={"prompts": resolve(stage.guards.prompts, is_path=True)})
         return stage.model_copy(update={"guards": guards})
 
+    def resolve_bertscore(settings: BertScore) -> BertScore:
+        # What is no path here may be a name on the hub.
+        is_path = is_file(settings.model) and (base / Path(settings.model).expanduser()).exists()
+        return settings.model_copy(update={"model": resolve(settings.model, is_path)})
+
     model, serve = recipe.model, recipe.serve
     sources = tuple(resolve_source(source) for source in recipe.data.sources)
     test = recipe.evaluate.test and resolve_source(recipe.evaluate.test)
@@ -145,7 +151,9 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             "train": tuple(resolve_guards(stage) for stage in recipe.train),
             "answer": resolve_shots(recipe.answer),
             "serve": serve.model_copy(update={"adapters": serve.adapters and resolve(serve.adapters, is_path=True)}),
-            "evaluate": recipe.evaluate.model_copy(update={"variants": variants, "test": test}),
+            "evaluate": recipe.evaluate.model_copy(
+                update={"variants": variants, "test": test, "bertscore": resolve_bertscore(recipe.evaluate.bertscore)}
+            ),
         }
     )
 

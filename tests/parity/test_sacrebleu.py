@@ -1,4 +1,4 @@
-"""corral's BLEU and its paired significance against sacrebleu's."""
+"""corral's BLEU, chrF and their paired significance against sacrebleu's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
 from corral.evaluation import statistics
 from corral.evaluation.statistics import Measure
 from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics, bleu_tokenizer
+from corral.metrics.chrf import chrf, chrf_signature, chrf_statistics
 
 SAMPLE = "mix the flour, sugar and 2.5 eggs; bake (at 180 °C) for half an hour until it's golden. Süß 東京"
 WORDS = SAMPLE.split()
@@ -108,3 +110,21 @@ def test_a_few_references_in_a_script_without_spaces_do_not_change_the_tokens_of
     assert bleu_tokenizer([*english, "红帽子"]) == "13a"
     assert bleu_tokenizer([*english, *["红帽子"] * 3]) == "zh"
     assert bleu_tokenizer(["赤い帽子"]) == "char"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(*[st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)] * 3), min_size=1, max_size=4))
+def test_chrf_equals_sacrebleu_with_one_and_two_references_and_on_empty_texts(rows: list[tuple[str, str, str]]) -> None:
+    firsts, seconds, candidates = ([row[i] for row in rows] for i in range(3))
+    one = sacrebleu.corpus_chrf(candidates, [firsts]).score
+    assert float(chrf(chrf_statistics([[first] for first in firsts], candidates).sum(axis=0))) == pytest.approx(one)
+    two = sacrebleu.corpus_chrf(candidates, [firsts, seconds]).score
+    counted = chrf_statistics(list(zip(firsts, seconds, strict=True)), candidates)
+    assert float(chrf(counted.sum(axis=0))) == pytest.approx(two)
+
+
+def test_the_signature_of_chrf_is_sacrebleus() -> None:
+    references, candidates = corpus(5, 0.5, seed=1)
+    metric = CHRF()
+    metric.corpus_score(candidates, [references])
+    assert chrf_signature() == str(metric.get_signature())

@@ -110,6 +110,12 @@ def test_the_primary_metric_is_one_that_is_measured() -> None:
         RecipeError, match=r"'arithmetic/accuracy' is not measured: add the task 'arithmetic', or give one of"
     ):
         recipe(more='[evaluate]\nprimary = "arithmetic/accuracy"\n')
+    named = '[evaluate]\nprimary = "token_f1"\nmetrics = ["rougeL", "token_f1"]\n'
+    assert recipe(more=named).evaluate.metrics == ("rougeL", "token_f1")
+    with pytest.raises(
+        RecipeError, match=r"'token_f1' is not measured: add 'token_f1' to `metrics`, or give one of loss"
+    ):
+        recipe(more='[evaluate]\nprimary = "token_f1"\n')
     with pytest.raises(RecipeError, match=r"'rouge' is not measured: give one of loss, preference_accuracy"):
         recipe(more='[evaluate]\nprimary = "rouge"\n')
 
