@@ -73,13 +73,21 @@ class BertScorer:
         from transformers import AutoConfig
 
         try:
-            layers = int(AutoConfig.from_pretrained(model).num_hidden_layers)
+            config = AutoConfig.from_pretrained(model)
+            layers = int(config.num_hidden_layers)
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(
                 f"no model can be read from {self.settings.model!r}: {error}",
                 where="evaluate.bertscore.model",
                 hint="give a folder of an encoder in transformers' format, or asset:all-minilm-l6-v2",
             ) from None
+        if "t5" in model and "t5" not in config.model_type:
+            # bert-score would load it as a T5 model, whose weights it then makes up.
+            raise InputError(
+                f"bert-score takes {model!r} for a T5 model, because of the letters t5, and it is a {config.model_type} model",
+                where="evaluate.bertscore.model",
+                hint="move or link the folder to a path without t5",
+            )
         layer = self.settings.layer or known.get(model, max(1, layers - 1))
         if layer > layers:
             raise InputError(
