@@ -52,7 +52,9 @@ def test_bertscore_ranks_a_paraphrase_above_another_text_and_names_how_it_was_co
     assert scores[2:].tolist() == pytest.approx([0, 0, 1], abs=1e-5)
     best = scorer.score([[references[1], answers[1]]], answers[1:2])
     assert np.allclose(best, 1, atol=1e-5)
-    assert scorer.signature.startswith("asset:all-minilm-l6-v2_L5_no-idf_version=0.3.13(hug_trans=")
+    assert scorer.signature.startswith(
+        "asset:all-minilm-l6-v2_L5_no-idf_version=0.3.12(hug_trans="
+    )  # of bert-score 0.3.13
     assert "not rescaled" in scorer.signature
 
 
