@@ -63,7 +63,7 @@ class BertScorer:
 
     def check(self) -> None:
         """Raises MissingExtraError, InputError or AssetError if the model or its layer is not there; reads no weights."""
-        assert self._model_and_layer
+        _ = self._model_and_layer
 
     @cached_property
     def _model_and_layer(self) -> tuple[str, int]:
