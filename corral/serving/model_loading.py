@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from corral.errors import CorralError, InputError, RunError
 from corral.model.naming import model_name
 from corral.run.directory import is_run
 from corral.run.promotion import Promotion, read_promotion
+from corral.serving.database import run_in_thread
 from corral.serving.logs import traceback_without_message
 from corral.serving.models import ServedModel, ServedModels
 from corral.serving.protocol import DEFAULT_LIMITS, RequestLimits
@@ -102,7 +104,7 @@ async def follow_runs(options: ModelOptions, models: ServedModels) -> None:
         await asyncio.sleep(_FOLLOW_SECONDS)
         for name, spec in runs:
             before = models.get(name)
-            promotion = await asyncio.to_thread(_read_promotion, spec)
+            promotion = await run_in_thread(_read_promotion, spec)
             if promotion in (None, before.promotion, failed.get(name)):
                 continue
             _log.info("%s promoted the model of %s, which is loaded now", spec, promotion and promotion.stage)
@@ -121,7 +123,8 @@ async def follow_runs(options: ModelOptions, models: ServedModels) -> None:
 async def _open_beside(before: ServedModel, spec: str, options: ModelOptions) -> ServedModel:
     """Load the model of a run again, as what it stands for now. Raises: as `open_served_models`."""
     engine = check_engine(options.engine, ())
-    loading = asyncio.ensure_future(asyncio.to_thread(open_models, [spec], engine, **_plans(options)))
+    # In a thread that does not keep the process from ending, as a file may be slow to read, or never end.
+    loading = asyncio.ensure_future(run_in_thread(partial(open_models, [spec], engine, **_plans(options))))
     try:
         (opened,) = await asyncio.shield(loading)
     except asyncio.CancelledError:  # the thread goes on, and what it loads must be closed
@@ -129,9 +132,9 @@ async def _open_beside(before: ServedModel, spec: str, options: ModelOptions) ->
         raise
     try:
         embed = before.embed if isinstance(before.embed, Embedder) else Embedder()
-        served = await asyncio.to_thread(build_served_model, before.name, spec, opened, embed, before.limits)
+        served = await run_in_thread(build_served_model, before.name, spec, opened, embed, before.limits)
         if before.embed is not None or _needs_embeddings(served):
-            served = replace(served, embed=await asyncio.to_thread(_load_embedder, embed))
+            served = replace(served, embed=await run_in_thread(_load_embedder, embed))
     except BaseException:
         await opened.answerer.engine.close()
         raise

@@ -121,11 +121,13 @@ async def _run(
     try:
         await server.serve(sockets=[listener])
     finally:
+        await (
+            server.close()
+        )  # first: a model that is being loaded, or closed, may take longer than who ends the process waits
         if following is not None:
             following.cancel()
-            await asyncio.wait([following])
+            await asyncio.wait([following], timeout=_CLOSE_SECONDS)
         await models.close()
-        await server.close()
     return server.stopped_by
 
 
@@ -219,6 +221,10 @@ class Server(uvicorn.Server):
 
     async def close(self) -> None:
         """Close the admission, which writes usage counts, with a timeout; a second signal shortens it."""
+        with contextlib.suppress(TimeoutError):  # requests that were cancelled are counted when they have ended
+            async with asyncio.timeout(_FORCED_CLOSE_SECONDS):
+                while self.admission.time_limits:
+                    await asyncio.sleep(0.01)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(
                 _FORCED_CLOSE_SECONDS if self.force_exit else _CLOSE_SECONDS

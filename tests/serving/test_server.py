@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
 import os
@@ -25,11 +26,12 @@ from corral.interrupts import Stopped
 from corral.serving import server as module
 from corral.serving.admission import ServerLimits
 from corral.serving.database import Database
-from corral.serving.keys import KeyStore, KeyUsage
+from corral.serving.keys import KeyStore, KeyUsage, today
 from corral.serving.model_loading import ModelOptions
 from corral.serving.models import ServedModels
 from corral.serving.server import ListenOptions, Server, build_admission
 from corral.serving.server import serve as serve_command
+from tests.answering.test_settings import write_run
 from tests.serving.conftest import (
     ASKED,
     CHAT,
@@ -42,6 +44,7 @@ from tests.serving.conftest import (
     chat_head,
     wait_for,
 )
+from tests.serving.test_model_loading import promote_model
 
 
 def serve_error(listen: ListenOptions, database: str | None = None) -> InputError:
@@ -255,6 +258,52 @@ def test_a_server_that_needs_a_key_says_so_in_its_example_also_when_all_are_revo
     with pytest.raises(Stopped):
         serve_command(ModelOptions(["m"]), ListenOptions(port=0), ServerLimits(), url)
     assert "authorization: Bearer" in capfd.readouterr().err
+
+
+def test_sigterm_ends_a_server_while_what_it_follows_cannot_be_read_and_usage_is_written(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pointer of the run is a pipe into which nobody writes."""
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run, base=tiny_folder)
+    promote_model(run, tiny_folder, 1)
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with contextlib.closing(Database(url)) as database:
+        key, secret = KeyStore(database).add("alice")
+    urls: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(module, "_print_address", lambda _, url, **__: urls.put(url))
+    writers: list[int] = []
+
+    def has_reader() -> bool:
+        with contextlib.suppress(OSError):  # a pipe that nobody reads cannot be opened
+            writers.append(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    def send_request_and_signal() -> bool:
+        body = {"model": "mine", "messages": ASKED, "max_tokens": 2}
+        status = call(urls.get(timeout=60), "POST", CHAT, body, {**JSON, **bearer(secret)})[0]
+        os.mkfifo(tmp_path / "pipe")
+        (run / "model").unlink()
+        (run / "model").symlink_to(tmp_path / "pipe")
+        was_read = wait_for(has_reader)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return was_read and status == 200
+
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            requesting = threads.submit(send_request_and_signal)
+            with pytest.raises(Stopped):
+                serve_command(
+                    ModelOptions([str(run)], "transformers", follow=True), ListenOptions(port=0), ServerLimits(), url
+                )
+            assert requesting.result()
+        with contextlib.closing(Database(url)) as database:
+            assert KeyStore(database).usage_on(today())[key.id].requests == 1
+    finally:
+        gc.unfreeze()
+        for writer in writers:
+            os.close(writer)
 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
