@@ -113,7 +113,8 @@ class Serve(Section):
     keep_alive: Annotated[float, Field(gt=0)] = 75
     """Seconds that an idle connection stays open; more than a proxy's, which may use it again."""
     strict: bool = False
-    """Refuse fields of a request that this server does not know, which are otherwise ignored and named."""
+    """Refuse fields of a request that this server does not know, false ones too (null is as left out). Otherwise they are
+    ignored and, unless false, named."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged: info has a line for each request."""
 

@@ -2,7 +2,8 @@
 
 Each type of request declares the fields that it honours; in `only`, those that it takes at harmless values alone, because any
 other would change what the answer means; and in `ignored`, those that change nothing. A field that nobody declares is ignored
-as well. `report` names what was ignored in one log line and a header; a strict server refuses undeclared fields.
+as well. `report` names what was ignored, unless it was false, in one log line and a header; a strict server refuses undeclared
+fields, false ones too. A null field is as one that was left out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Notes:
     ignored: dict[str, None] = field(default_factory=dict[str, None])
     """Names of fields that had no effect, in order; one more than `_MAX_NAMED` at most."""
     unknown: str | None = None
-    """The first of them that its type does not declare."""
+    """The first field that its type does not declare."""
     max_tokens: int | None = None
     """The tokens of an answer, if fewer than were requested."""
 
@@ -93,13 +94,14 @@ class StrictModel(BaseModel):
                 raise PydanticCustomError("unsupported", what, context)
         notes = _collecting.get() or Notes()
         for name, value in sent.items():
-            if name in known or name in cls.only or value is None or value is False:
+            if name in known or name in cls.only or value is None:
                 continue
             if len(notes.ignored) > _MAX_NAMED and notes.unknown is not None:
                 break
             if name not in cls.ignored and notes.unknown is None:
                 notes.unknown = name
-            notes.add_ignored(name)
+            if value is not False:  # asks for nothing, so there is nothing to tell
+                notes.add_ignored(name)
         return known
 
     @classmethod

@@ -288,9 +288,11 @@ def test_many_or_strange_unknown_fields_are_named_only_as_far_as_a_header_holds(
 
 def test_a_strict_server_refuses_unknown_fields_and_answers_longer_than_there_is_room_for(serve: Serve) -> None:
     server = serve("Hello", limits=RequestLimits(strict=True))
-    for changes, code in (({"colour": 1}, "unknown_parameter"), ({"max_tokens": 10**6}, "context_length_exceeded")):
+    unknown, long = "unknown_parameter", "context_length_exceeded"
+    for changes, code in (({"colour": 1}, unknown), ({"colour": False}, unknown), ({"max_tokens": 10**6}, long)):
         status, answer, _ = server.chat(**changes)
         assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, next(iter(changes)), code)
+    assert server.chat(colour=None)[0] == 200
     assert server.chat(**HABITS, max_tokens=5)[0] == 200
 
 
