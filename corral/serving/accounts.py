@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -139,20 +139,6 @@ class OpenRequest:
         self._accounts.close_request(self, usage)
 
 
-class _KeySnapshot(NamedTuple):
-    """The keys as last read."""
-
-    by_id: Mapping[str, Key]
-    by_digest: Mapping[str, Key]
-    read_at: float
-    """On the monotonic clock."""
-
-    @classmethod
-    def of(cls, keys: Sequence[Key], read_at: float) -> _KeySnapshot:
-        """Index the keys."""
-        return cls({key.id: key for key in keys}, {key.digest: key for key in keys}, read_at)
-
-
 class Accounts:
     """The callers of a server, with their quotas and usage.
 
@@ -162,7 +148,9 @@ class Accounts:
 
     def __init__(self, keys: KeySource | None = None) -> None:
         self._keys = keys
-        self._snapshot: _KeySnapshot | None = None
+        self._known: Mapping[str, Key] | None = None
+        """Digest → key, as last read at `_known_at`."""
+        self._known_at = float("-inf")
         self._last_read = float("-inf")
         self.requires_key = False
         """Refuse requests without a key even if there are no keys. Set by the server, and once any key was seen."""
@@ -170,7 +158,6 @@ class Accounts:
         self._flush_task: asyncio.Task[None] | None = None
         self._awaited_tasks: Sequence[asyncio.Task[None]] = ()
         """The last read, and the flush that started with it, if any."""
-        self._flush_timer: asyncio.TimerHandle | None = None
         self._unwritten: dict[str, dict[str, KeyUsage]] = {}
         """Day → key id → usage that is not in the database yet."""
         self._stored_usage: tuple[str, Mapping[str, KeyUsage]] = ("", {})
@@ -188,14 +175,14 @@ class Accounts:
         """
         if self._keys is None:
             return ANONYMOUS
-        snapshot = await self._current_keys()
-        if not snapshot.by_id and not self.requires_key:
+        keys = await self._current_keys()
+        if not keys and not self.requires_key:
             return ANONYMOUS
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             raise _invalid_key("a key is needed, as the header 'Authorization: Bearer KEY'")
         # Found by its hash, so how long this takes says nothing about the keys that are not known.
-        key = snapshot.by_digest.get(hash_key(secret.strip()))
+        key = keys.get(hash_key(secret.strip()))
         _check_active(key)
         assert key is not None
         return Caller(key.id, key.name, key.quota, key.is_admin)
@@ -246,7 +233,7 @@ class Accounts:
         request = OpenRequest(self, caller, end)
         self._open[caller.key_id].add(request)
         if caller.key_id and self._watch_task is None:
-            self._watch_task = asyncio.get_running_loop().create_task(self._end_revoked())
+            self._watch_task = asyncio.get_running_loop().create_task(self._watch())
         return request
 
     def close_request(self, request: OpenRequest, usage: Usage | None) -> None:
@@ -273,9 +260,8 @@ class Accounts:
 
     async def close(self) -> None:
         """Write usage counts to the database; log those that could not be written, also if this is cancelled."""
-        for task in (self._flush_timer, self._watch_task):
-            if task is not None:
-                task.cancel()
+        if self._watch_task is not None:
+            self._watch_task.cancel()
         try:
             for _ in range(2):  # a flush that is already running may have started before the last request finished
                 if self._keys is not None and self._unwritten:
@@ -286,19 +272,16 @@ class Accounts:
                     what = "not written: on %s key %s used %d requests, %d tokens of prompts and %d of answers"
                     _log.error(what, day, key_id, *usage)
 
-    async def _end_revoked(self) -> None:
-        """End requests whose key was revoked, deleted or has expired, as long as there are requests with a key."""
+    async def _watch(self) -> None:
+        """Every second, as long as there are requests with a key: write usage, and end those whose key is no longer valid."""
         try:
-            while True:
+            while any(self._open) or self._unwritten:
                 await asyncio.sleep(_REFRESH_SECONDS)
-                if not any(self._open):
-                    return
                 await asyncio.wait([self._start_read()])
-                if self._snapshot is None:
-                    continue
-                for key_id in filter(None, list(self._open)):
+                by_id = {key.id: key for key in (self._known or {}).values()}
+                for key_id in filter(None, list(self._open) if self._known is not None else ()):
                     try:
-                        _check_active(self._snapshot.by_id.get(key_id))
+                        _check_active(by_id.get(key_id))
                     except Refused as refused:
                         for request in list(self._open[key_id]):
                             request.end(refused)
@@ -309,32 +292,28 @@ class Accounts:
         usage_by_key = self._unwritten.setdefault(today(), {})
         new = KeyUsage(1, usage.prompt_tokens, usage.completion_tokens)
         usage_by_key[key_id] = usage_by_key.get(key_id, KeyUsage()).plus(new)
-        if self._flush_timer is None:
-            self._flush_timer = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._flush_after_timer)
 
-    async def _current_keys(self) -> _KeySnapshot:
-        """Return the keys, read again if they are older than a second. A slow database delays no request for long.
+    async def _current_keys(self) -> Mapping[str, Key]:
+        """Return the keys by digest, read again if they are older than a second. A slow database delays no request for long.
 
         Raises:
             Refused: 503: the keys are too old, and could not be read.
         """
-        now, snapshot = time.monotonic(), self._snapshot
+        now = time.monotonic()
         is_due = self._read_task is not None or now - self._last_read >= _REFRESH_SECONDS
-        if is_due and (snapshot is None or now - snapshot.read_at >= _REFRESH_SECONDS):
+        if is_due and now - self._known_at >= _REFRESH_SECONDS:
             read_task = self._start_read()
             # `wait` does not cancel the tasks if this request is cancelled.
             await asyncio.wait(self._awaited_tasks, timeout=max(0.0, self._last_read + _WAIT_SECONDS - now))
-            if self._usable_snapshot() is None:
+            if self._is_outdated():
                 await asyncio.wait([read_task])  # has a timeout of its own
-        snapshot = self._usable_snapshot()
-        if snapshot is None:
+        if self._known is None or self._is_outdated():
             raise database_unavailable()
-        return snapshot
+        return self._known
 
-    def _usable_snapshot(self) -> _KeySnapshot | None:
-        """The known keys, unless they are too old."""
-        snapshot = self._snapshot
-        return None if snapshot is None or time.monotonic() - snapshot.read_at > _MAX_AGE_SECONDS else snapshot
+    def _is_outdated(self) -> bool:
+        """Whether the known keys are too old to let anybody in."""
+        return time.monotonic() - self._known_at > _MAX_AGE_SECONDS
 
     def _start_read(self) -> asyncio.Task[None]:
         if self._read_task is None:
@@ -350,17 +329,13 @@ class Accounts:
             self._flush_task = asyncio.create_task(self._flush())
         return self._flush_task
 
-    def _flush_after_timer(self) -> None:
-        self._flush_timer = None
-        self._start_flush()
-
     async def _read_keys(self) -> None:
         assert self._keys is not None
         started = time.monotonic()
         try:
             with _log_failures():
                 keys = await asyncio.wait_for(run_in_thread(self._keys.all), _READ_SECONDS)
-                self._snapshot = _KeySnapshot.of(keys, started)
+                self._known, self._known_at = {key.digest: key for key in keys}, started
                 self.requires_key = self.requires_key or bool(keys)
         finally:
             self._read_task = None

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
-from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, String, delete, false, select, text, update
+from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, String, delete, false, literal, select, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Mapped, MappedAsDataclass, Session, mapped_column
+from sqlalchemy.orm import Mapped, MappedAsDataclass, mapped_column
 
 from corral.errors import InputError
 from corral.serving.database import Base, Database
@@ -31,6 +32,7 @@ ENVIRONMENT = "CORRAL_API_KEYS"
 _NAME_FORMAT = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # not 12 hex digits, as an id is
 _LINE_FORMAT = re.compile(r"(?P<name>[^=\s]+)=(?P<secret>[!-~]{20,512})(?P<admin>\s+admin)?")
 _FILE_BYTES = 2**20
+_INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _log = logging.getLogger(__name__)
 _SECRET_PREFIX = "secret-"  # of ids of `SecretKeys`: no stored key has such an id, so none shares its conversations
 
@@ -127,22 +129,6 @@ class KeyUsage(NamedTuple):
         return KeyUsage(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class KeySource(Protocol):
-    """Where a server reads its keys. The methods block, and may be called from any thread."""
-
-    def all(self) -> list[Key]:
-        """All keys, including revoked and expired ones. Raises: CorralError (they cannot be read)."""
-        ...
-
-    def usage_on(self, day: str) -> Mapping[str, KeyUsage]:
-        """The usage of a day, by key id, where it is stored. Raises: DatabaseError."""
-        ...
-
-    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
-        """Add to the usage of a day, by key id. Raises: DatabaseError."""
-        ...
-
-
 class KeyStore:
     """The keys of a database. Its methods block, but use connections of their own, so that other calls do not delay them."""
 
@@ -236,32 +222,16 @@ class KeyStore:
             return {row.key: KeyUsage(row.requests, row.prompt_tokens, row.completion_tokens) for row in rows}
 
     def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
-        """Add to the usage of a day, by key id; that of deleted keys is dropped. Raises: DatabaseError."""
+        """Add to the usage of a day, by key id; that of keys not in the database is dropped. Raises: DatabaseError."""
         with self._database.write_session() as session:
+            new = _INSERTS[session.get_bind().dialect.name](UsageRow)
             # Sorted, so that two processes lock rows in the same order and cannot deadlock.
             for key in sorted(usage):
-                _add_usage(session, key, day, usage[key])
-
-
-def _add_usage(session: Session, key: str, day: str, usage: KeyUsage) -> None:
-    statement = (
-        update(UsageRow)
-        .where(UsageRow.key == key, UsageRow.day == day)
-        .values(
-            requests=UsageRow.requests + usage.requests,
-            prompt_tokens=UsageRow.prompt_tokens + usage.prompt_tokens,
-            completion_tokens=UsageRow.completion_tokens + usage.completion_tokens,
-        )
-        .returning(UsageRow.key)
-    )
-    options = {"synchronize_session": False}
-    if session.execute(statement, execution_options=options).first() is not None:
-        return
-    try:
-        with session.begin_nested():
-            session.add(UsageRow(key=key, day=day, **usage._asdict()))
-    except IntegrityError:  # another process inserted the row first, or the key was deleted
-        session.execute(statement, execution_options=options)
+                numbers = (literal(number, BigInteger) for number in usage[key])
+                known = select(Key.id, literal(day), *numbers).where(Key.id == key)
+                row = new.from_select(["key", "day", *KeyUsage._fields], known)
+                sums = {name: UsageRow.__table__.c[name] + row.excluded[name] for name in KeyUsage._fields}
+                session.execute(row.on_conflict_do_update(index_elements=["key", "day"], set_=sums))
 
 
 class SecretKeys:
@@ -315,9 +285,12 @@ class SecretKeys:
 
     def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
         """Add to the usage of a day of the stored keys. Raises: DatabaseError."""
-        stored = {key: each for key, each in usage.items() if not key.startswith(_SECRET_PREFIX)}
-        if self._store and stored:
-            self._store.add_usage(day, stored)
+        if self._store:
+            self._store.add_usage(day, usage)
+
+
+KeySource: TypeAlias = KeyStore | SecretKeys
+"""Where a server reads its keys. The methods block, and may be called from any thread."""
 
 
 def open_keys(database: Database | None, file: Path | None = None) -> KeySource | None:
