@@ -155,13 +155,16 @@ class ChildProcess:
         failures = 0
         process: _Process | None = self._process
         while True:
+            proven = False
             try:
-                fault, words = self._watch(process or self._start_again())
+                process = process or self._start_again()
+                fault, words = self._watch(process)
+                proven = self._has_answered or process.ready_seconds > _PROVEN_SECONDS
             except (CorralError, OSError) as error:
                 fault, words = "it cannot be started", str(error)
             if self._closing.is_set():
                 break
-            failures = 0 if self._has_answered or self._process.ready_seconds > _PROVEN_SECONDS else failures + 1
+            failures = 0 if proven else failures + 1
             self._begin_outage(fault, words, failures)
             self._process.close()
             pause = min(2.0 ** (failures - 1), _LONGEST_PAUSE) if failures else 0.0

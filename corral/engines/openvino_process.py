@@ -39,6 +39,7 @@ STEPWISE = ("logit_bias", "frequency_penalty", "presence_penalty")
 
 BLOCK_TOKENS = 32
 """Tokens in a block of OpenVINO's key-value cache on a CPU; shorter prompts are not shared."""
+_LEAST = 1e-6  # temperature and top-p
 _BATCHED_TOKENS = 512  # by GenAI in one step; a longer prompt takes several
 STEP_TOKENS = _BATCHED_TOKENS + (1 + AT_ONCE) * PART_TOKENS
 """Most tokens that one step computes: a batch, scores, and parts of the prompts that GenAI does not compute."""
@@ -183,8 +184,9 @@ class Worker:
             sampling["temperature"] > 0 and sampling["min_p"] < 1
         ):  # OpenVINO refuses 1, which leaves the most likely id only
             config.do_sample = True
-            config.temperature = sampling["temperature"]
-            config.top_p = sampling["top_p"]
+            # Lower ones become 0 in its 32-bit floats; as low as this they leave the most likely id.
+            config.temperature = max(sampling["temperature"], _LEAST)
+            config.top_p = max(sampling["top_p"], _LEAST)
             config.min_p = sampling["min_p"]
             config.rng_seed = seed
             if sampling["top_k"]:

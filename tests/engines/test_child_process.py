@@ -40,12 +40,12 @@ class Watched:
     """A child, and what came of it."""
 
     def __init__(self, program: str = PROGRAM, longest_step: float = 3600.0) -> None:
-        self.program = program
+        self.executable, self.program = sys.executable, program
         self.events: list[Any] = []
         self.losses: list[EngineUnavailableError] = []
         self.child = ChildProcess(
             "watched",
-            lambda: [sys.executable, "-S", "-c", self.program],
+            lambda: [self.executable, "-S", "-c", self.program],
             os.environ,
             self.events.extend,
             self.losses.append,
@@ -166,6 +166,17 @@ def test_a_child_that_fails_each_time_stays_down_and_the_reason_is_known_but_not
     assert "weights" not in fault
     with pytest.raises(EngineUnavailableError, match="the weights are gone"):
         watched.child.send(["echo", 1])
+
+
+def test_after_a_child_that_ran_long_too_one_that_cannot_be_started_is_given_up(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_process, "_PROVEN_SECONDS", 0.0)
+    watched = watch()
+    watched.executable = "/no/such/program"
+    os.kill(watched.child.pid, signal.SIGKILL)
+    wait_for(lambda: "restart this program" in str(watched.child.fault))
+    assert watched.child.restarts == MOST_FAILURES
 
 
 def test_a_child_that_answers_between_its_ends_is_always_started_again(watch: Callable[..., Watched]) -> None:

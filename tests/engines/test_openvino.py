@@ -65,6 +65,15 @@ class TestConformance(EngineConformance):
         return Subject(lambda: OpenVinoEngine(form), PROMPTS)
 
 
+@pytest.mark.parametrize("least", [{"temperature": 1e-40}, {"temperature": 1e-46}, {"top_p": 1e-50}], ids=str)
+async def test_what_rounds_to_zero_in_32_bits_leaves_the_most_likely_ids(form: Path, least: dict[str, float]) -> None:
+    async with OpenVinoEngine(form) as engine:
+        greedy = Sampling(max_tokens=12)
+        (expected,) = await complete(engine, PROMPTS[0], greedy)
+        (drawn,) = await complete(engine, PROMPTS[0], replace(greedy, **({"temperature": 1.0, "seed": 1} | least)))
+        assert drawn.ids == expected.ids
+
+
 def child_of(engine: OpenVinoEngine) -> psutil.Process:
     return psutil.Process(engine._child.pid)
 
