@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import corral
-from corral.cli import cache_commands, model_commands, run_commands, serve_commands
+from corral.cli import cache_commands, document_commands, model_commands, run_commands, serve_commands
 from corral.engines.base import CHAT_SAMPLING
 from corral.errors import CorralError, MissingExtraError, OutOfMemoryError, out_of_memory_reason
 
@@ -161,6 +161,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("b", help="the other one; differences are a − b")
     sub = verb("report", run_commands.report, "corral report runs/quickstart")
     sub.add_argument("run", help="a run directory")
+    sub = verb("rows", document_commands.rows, "corral rows policies/ --out rows.jsonl")
+    documents = "files and folders of .txt, .md, .html, .pdf, .docx or .jsonl, s3://BUCKET/KEY or asset:NAME"
+    sub.add_argument("documents", nargs="+", metavar="DOCUMENTS", help=documents)
+    sub.add_argument("--out", type=local_path, required=True, help="the .jsonl file to write")
+    columns = "the columns of .jsonl rows that hold the text (default: text)"
+    sub.add_argument("--columns", nargs="+", default=["text"], metavar="COLUMN", help=columns)
     sub = verb("merge", model_commands.merge, "corral merge my-adapter --out my-model")
     sub.add_argument("adapter", help="a folder that PEFT or corral wrote, or hub:OWNER/NAME")
     sub.add_argument("--out", type=local_path, required=True, help="the model folder to write; nothing is overwritten")

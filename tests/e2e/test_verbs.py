@@ -17,7 +17,7 @@ from tests.e2e.conftest import fail, succeed
 from tests.forked import corral
 
 ROOT = Path(__file__).parent.parent.parent
-VERB_NAMES = "init run plan inspect evaluate compare report merge export verify chat batch serve keys assets cache"
+VERB_NAMES = "init run plan inspect evaluate compare report rows merge export verify chat batch serve keys assets cache"
 VERBS = VERB_NAMES.split()
 
 
@@ -68,6 +68,31 @@ def test_init_writes_a_recipe_that_runs_on_the_users_rows(workspace: Path, tiny_
     succeed("run", "mine.toml", *sets, cwd=workspace)
     assert (workspace / "runs/mine/report/index.html").is_file()
     fail(2, ["exists"], "init", "mine.toml", cwd=workspace)
+
+
+def test_rows_are_written_from_documents_and_what_gives_none_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies/leave.md").write_text("# Leave\n\n## May I rest?\n\nTen days.\n\n## Contact\n\nAsk.\n")
+    (tmp_path / "policies/broken.pdf").write_bytes(b"%PDF-1.7\nnothing")
+    printed = succeed("rows", "policies", "--out", "rows.jsonl", cwd=tmp_path).stdout
+    assert "1 × its heading is no question: leave.md › Contact" in printed
+    assert "broken.pdf" in printed
+    row = json.loads((tmp_path / "rows.jsonl").read_text("utf-8"))
+    assert (row["question"], row["answer"], row["chapter"]) == ("May I rest?", "Ten days.", "Leave")
+    assert row["passages"][0]["document"] == "leave.md"
+
+
+def test_documents_without_a_question_are_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Only text.")
+    fail(2, ["no question", "a.txt", "question mark"], "rows", "a.txt", "--out", "rows.jsonl", cwd=tmp_path)
+    fail(2, ["no file or folder 'b.txt'", "did you mean 'a.txt'"], "rows", "b.txt", "--out", "r.jsonl", cwd=tmp_path)
+    fail(2, ["'.png' is no kind of document"], "rows", picture(tmp_path), "--out", "r.jsonl", cwd=tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def picture(folder: Path) -> str:
+    (folder / "a.png").write_bytes(b"PNG")
+    return "a.png"
 
 
 def test_inspect_shows_rows_in_the_terminal_and_as_a_page(workspace: Path) -> None:
