@@ -88,7 +88,7 @@ class OpenVinoEngine(Engine):
         if dtype not in _PRECISIONS:
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
         self._folder = folder
-        self._is_converted = (folder / OPENVINO_MODEL).is_file()
+        self._form: Path | None = folder if (folder / OPENVINO_MODEL).is_file() else None
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
@@ -197,10 +197,13 @@ class OpenVinoEngine(Engine):
             return self._next_id
 
     def _converted(self) -> Path:
-        """The OpenVINO folder; converts again if the cache has dropped it."""
+        """The OpenVINO folder, also after the model's own has moved; converts again if the cache has dropped it."""
         from corral.model.openvino_graph import cached_form
 
-        return self._folder if self._is_converted else cached_form(self._folder, self._precision)
+        form = self._form
+        if form is None or (form != self._folder and not (form / OPENVINO_MODEL).is_file()):
+            form = self._form = cached_form(self._folder, self._precision)
+        return form
 
     def _cancel_in_child(self, request: int, choice: int | None = None) -> None:
         with contextlib.suppress(

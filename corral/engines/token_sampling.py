@@ -33,14 +33,14 @@ class LogitChanges:
         self._sampled = 0
         self._device = device
         self._bias_ids = torch.tensor([id_ for id_, _ in sampling.logit_bias], dtype=torch.long, device=device)
-        self._bias = torch.tensor([bias for _, bias in sampling.logit_bias], device=device)
+        self._bias = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=torch.float32, device=device)
         stop_ids = [id_ for id_ in sampling.stop_ids if id_ < vocabulary]
         self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         penalised = list(dict.fromkeys(prompt)) if sampling.repetition_penalty != 1 else []
         self._columns = {id_: column for column, id_ in enumerate(penalised)}
         self._ids = torch.tensor(penalised, dtype=torch.long, device=device)
         """That penalties apply to."""
-        self._counts = torch.zeros(len(penalised), device=device)
+        self._counts = torch.zeros(len(penalised), dtype=torch.float32, device=device)
         """How often each of them stands in the answer so far."""
 
     @staticmethod
@@ -57,7 +57,8 @@ class LogitChanges:
         if len(self._ids):
             old, penalty = logits[self._ids], s.repetition_penalty
             new = torch.where(old < 0, old * penalty, old / penalty)
-            logits[self._ids] = new - s.frequency_penalty * self._counts - s.presence_penalty * (self._counts > 0)
+            present = self._counts.clamp(max=1)
+            logits[self._ids] = new - s.frequency_penalty * self._counts - s.presence_penalty * present
         if self._sampled < s.min_tokens:
             logits[self._stop_ids] = -torch.inf
 
@@ -67,7 +68,7 @@ class LogitChanges:
         column = self._columns.setdefault(id_, len(self._columns))
         if column == len(self._ids):
             self._ids = torch.cat((self._ids, torch.tensor([id_], device=self._device)))
-            self._counts = torch.cat((self._counts, torch.ones(1, device=self._device)))
+            self._counts = torch.cat((self._counts, torch.ones(1, dtype=torch.float32, device=self._device)))
         else:
             self._counts[column] += 1
 

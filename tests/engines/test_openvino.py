@@ -577,6 +577,19 @@ async def test_a_llama_folder_is_converted_and_answers_as_transformers(
         assert await engine.score(PROMPTS[3]) == pytest.approx(scores(model(), PROMPTS[3]), abs=1e-3)
 
 
+async def test_a_model_whose_folder_moves_is_still_there_for_the_next_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
+    tiny_llama().save_pretrained(tmp_path / "model")
+    async with OpenVinoEngine(tmp_path / "model") as engine:
+        expected = await complete(engine, PROMPTS[2], GREEDY)
+        (tmp_path / "model").rename(tmp_path / "superseded")
+        child_of(engine).kill()
+        await until_ready(engine, 1)
+        assert await complete(engine, PROMPTS[2], GREEDY) == expected
+
+
 async def test_bfloat16_is_within_the_tolerance_that_contracts_have_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

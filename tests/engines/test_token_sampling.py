@@ -106,6 +106,23 @@ def test_each_row_of_a_mixed_batch_has_the_logits_that_transformers_own_processo
         torch.testing.assert_close(distribution(new[i], truncation), expected)
 
 
+def test_changes_are_the_same_while_another_model_is_loaded_in_16_bits() -> None:
+    rows = logits(5.0)[None]
+
+    def compute(dtype: torch.dtype) -> torch.Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # as transformers does while it builds a model
+        try:
+            changes = [LogitChanges(CHANGES[-1], [5, 6], rows.shape[1], rows.device)]
+            for id_ in (5, 8):
+                changes[0].add(id_)
+            return changed(rows, changes)
+        finally:
+            torch.set_default_dtype(before)
+
+    assert torch.equal(compute(torch.bfloat16), compute(torch.float32))
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-5])
 def test_a_temperature_near_0_takes_the_most_likely_id(temperature: float) -> None:
     rows = torch.stack([logits(5.0), logits(5.0) + 80])
