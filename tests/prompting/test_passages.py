@@ -40,7 +40,7 @@ def test_the_template_of_questions_writes_passages_as_context_before_the_questio
     assert text.index("Context:\n[1] Rules › Fees\nIt is 40.") < text.index("Question:\nWhat is the fee?\n---\nAnswer:")
 
 
-@pytest.mark.parametrize("name", ["chatml", "question", "llama-3.1"])
+@pytest.mark.parametrize("name", ["chatml", "question"])
 def test_instructions_and_special_strings_in_a_passage_stay_text_of_the_user(
     tiny_tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:

@@ -119,7 +119,7 @@ def test_what_is_noted_of_one_request_is_not_told_of_the_next() -> None:
     with pytest.raises(ValidationError):
         ChatRequest.model_validate(chat(USER, flavour=1, n=0))
     second = ChatRequest.model_validate(chat(USER, colour=None, raw=False))
-    assert ([*second.notes.ignored], second.notes.unknown) == ([], None)
+    assert ([*second.notes.ignored], second.notes.unknown) == ([], "raw")
 
 
 def test_an_error_says_which_kind_of_value_was_sent() -> None:
