@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,17 @@ def rendered(plan: Plan) -> str:
     return console.export_text()
 
 
+def make_plan(folder: Path, model: Path) -> tuple[Plan, list[str]]:
+    listener = Listener()
+    return planner.plan(make_recipe(folder, model), folder / "runs" / "tiny", listener), listener.titles
+
+
 @pytest.fixture(scope="module")
 def measured(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Listener, Path]:
     folder, listener = tmp_path_factory.mktemp("plan"), Listener()
-    plan = planner.plan(make_recipe(folder, tiny_folder), folder / "runs" / "tiny", listener)
+    # In a new process: trials are forked from a server that other tests may have loaded with more, which would count as peak.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        plan, listener.titles = pool.submit(make_plan, folder, tiny_folder).result()
     return plan, listener, folder
 
 
@@ -93,7 +101,7 @@ def test_peak_and_time_are_measured_and_the_estimate_is_near(measured: tuple[Pla
     assert stage.estimate_error is not None
     # So small a model's peak is mostly the interpreter and its libraries, which differ between machines; the 10 % of real
     # models are held by tests/training/test_memory_estimate.py.
-    assert abs(stage.estimate_error) < 0.35  # within 0.2 alone; what tests before have left in memory adds to the peak
+    assert abs(stage.estimate_error) < 0.2
     assert f"({stage.estimate_error:+.0%})" in rendered(plan)
     assert plan.verdict == "fits"
 
